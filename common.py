@@ -270,7 +270,16 @@ COMPONENTS = {                # name → the landmarks a component's box is draw
 }
 FFHQ_TEMPLATE = torch.tensor([[192.98, 239.95], [318.90, 240.19], [256.63, 314.02], [201.26, 371.41], [313.09, 371.15]])
 # Eye centres, nose tip and mouth corners in a 512×512 crop, (5,2): the alignment of FFHQ and of the released networks.
-MEAN_LANDMARKS = torch.zeros(68, 2)
+MEAN_LANDMARKS = torch.tensor([          # of rendered faces aligned to FFHQ_TEMPLATE, made symmetric; pixels at 512
+    [127, 247], [131, 309], [141, 353], [155, 382], [173, 407], [193, 432], [213, 449], [234, 462],
+    [256, 466], [277, 462], [298, 449], [318, 432], [338, 407], [356, 382], [370, 353], [380, 309],
+    [384, 247], [159, 201], [173, 194], [190, 192], [206, 194], [224, 201], [287, 201], [305, 194],
+    [321, 192], [338, 194], [352, 201], [256, 236], [256, 263], [256, 291], [256, 321], [230, 333],
+    [243, 336], [256, 341], [268, 336], [281, 333], [168, 237], [185, 231], [207, 232], [224, 242],
+    [207, 248], [186, 246], [287, 242], [304, 232], [326, 231], [343, 237], [325, 246], [304, 248],
+    [201, 369], [222, 358], [244, 353], [256, 356], [267, 353], [289, 358], [310, 369], [290, 390],
+    [268, 400], [256, 402], [243, 400], [221, 390], [207, 370], [237, 370], [256, 371], [274, 370],
+    [304, 370], [274, 381], [256, 383], [237, 381]], dtype=torch.float32)
 
 
 def mean_landmarks(size):
@@ -1352,7 +1361,13 @@ class Recogniser(nn.Module):
     def forward(self, x):
         if x.shape[-1] != self.input_size:
             x = F.interpolate(x, (self.input_size,) * 2, mode="bilinear", antialias=True)
-        return F.normalize(self.embed(F.max_pool2d(self.features(x)[-1], 2).flatten(1)).float(), dim=1)
+        if not self.training:                # a face and its mirror image are the same person: average both
+            return F.normalize(self.embedded(x) + self.embedded(x.flip(3)), dim=1)
+        return F.normalize(self.embedded(x), dim=1)
+
+    def embedded(self, x):
+        """The embedding before it is scaled to length 1."""
+        return self.embed(F.max_pool2d(self.features(x)[-1], 2).flatten(1)).float()
 
     def folded(self):
         """The same function in evaluation mode with every BatchNorm multiplied into its convolution; frozen."""
@@ -1429,11 +1444,11 @@ def recogniser(faces, purpose="loss", epochs=20, batch=64, quiet=False):
         for step in range(steps):
             index = order[step * batch:(step + 1) * batch].to(device)
             x = images[index].float() / 127.5 - 1
-            shift, blurred, flip = (torch.rand(3, generator=generator) * 8).int().tolist()
-            low = [64, 64, 64, 64, 48, 32, 24, 16][blurred]         # recognise blurred pictures too
+            low = [64, 64, 64, 48, 32, 20][int(torch.randint(6, (), generator=generator))]     # blurred pictures too
+            left, top = torch.randint(-3, 4, (2,), generator=generator).tolist()
             x = F.interpolate(x, (low, low), mode="bilinear", antialias=True)
             x = F.interpolate(x, (64, 64), mode="bilinear") if low < 64 else x
-            x = torch.roll(x.flip(3) if flip < 4 else x, (shift % 3 - 1, shift // 3 - 1), (2, 3))
+            x = torch.roll(x.flip(3) if step % 2 else x, (top, left), (2, 3))
             with autocast(device):
                 embedding = net(x.contiguous(memory_format=torch.channels_last))
             loss = angular_margin_loss(embedding, centres, label[index])
