@@ -40,6 +40,20 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
+__all__ = [                   # the public names: few, and a test lists them, so that a rename is a decision
+    "CACHE", "COMPONENTS", "DEGRADATIONS", "Degradation", "FFHQ_TEMPLATE", "FID", "Face", "FaceFolder",
+    "IMAGE_SUFFIXES", "INNER_LIP", "InputError", "JAW", "LEFT_BROW", "LEFT_EYE", "LPIPS", "NOSE_BASE",
+    "NOSE_BRIDGE", "OUTER_LIP", "Progress", "RIGHT_BROW", "RIGHT_EYE", "Range", "Recogniser",
+    "RenderedFaces", "VGG", "align_face", "angular_margin_loss", "autocast", "blur", "choose_device",
+    "comparison_grid", "component_boxes", "degrade", "detect_landmarks", "download", "draw_landmarks",
+    "face_matrix", "find_landmarks", "five_points", "frechet_distance", "gaussian_matrix",
+    "identity_distance", "invert_matrix", "jpeg", "landmark_heatmaps", "landmark_mask", "load_checkpoint",
+    "load_published", "load_vgg", "load_weights", "mean_landmarks", "motion_kernels", "paired_gain",
+    "paste_face", "precision", "print_table", "process_group", "psnr", "read_image", "read_landmarks",
+    "recogniser", "replacing", "restore_files", "run_script", "save_checkpoint", "seeded", "similarity",
+    "split_identities", "spread", "ssim", "stack_faces", "to_uint8", "transform_points",
+    "verification_accuracy", "warp_affine", "write_image", "write_json", "write_landmarks", "write_log"]
+
 CACHE = Path(os.environ.get("FACE_RESTORATION_CACHE", "~/.cache/face-restoration")).expanduser()
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
 
@@ -87,7 +101,10 @@ def read_image(path):
 def write_image(path, image):
     """Write (3,H,W) in [-1,1] as 8 bits, rounded; the suffix names the format. Written aside and renamed into place."""
     with replacing(path) as temporary:
-        Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy()).save(temporary, quality=95)
+        try:
+            Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy()).save(temporary, quality=95)
+        except ValueError:
+            raise InputError(f"{path}: an unknown kind of picture; name it .png or .jpg") from None
 
 
 def to_uint8(image):
@@ -1053,7 +1070,7 @@ class RenderedFaces(torch.utils.data.Dataset):
     They are rendered once, on all cores, and kept in the folder `cache` (default CACHE).
     """
 
-    def __init__(self, size=128, identities=216, per_identity=8, seed=0, cache=None):
+    def __init__(self, size=128, identities=288, per_identity=6, seed=0, cache=None):
         self.size, self.per_identity = size, per_identity
         self.identity = torch.arange(identities).repeat_interleave(per_identity)
         self.record = np.dtype([("image", "u1", (3, size, size)), ("landmarks", "<f4", (68, 2))])
@@ -1123,7 +1140,8 @@ class FaceFolder(torch.utils.data.Dataset):
             raise InputError(f"{root}: no such folder; --data wants a folder of pictures or of one folder per identity")
         if landmarks is not None and not Path(landmarks).is_dir():
             raise InputError(f"{landmarks}: no such folder of landmark files")
-        found = sorted(file for file in (*root.glob("*"), *root.glob("*/*")) if file.suffix.lower() in IMAGE_SUFFIXES)
+        found = sorted(file for file in (*root.glob("*"), *root.glob("*/*"))
+                       if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."))
         if not found:
             raise InputError(f"{root}: no pictures in it; {', '.join(sorted(IMAGE_SUFFIXES))} are read")
         self.size, self.landmark_folder, self.aligned, self.total = size, landmarks, aligned, len(found)
@@ -1149,7 +1167,8 @@ class FaceFolder(torch.utils.data.Dataset):
             with warnings.catch_warnings(), Image.open(file) as picture:
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 width, height = picture.size
-                if picture.getexif().get(0x0112, 1) >= 5:          # EXIF: the camera lay on its side
+                exif = picture.format != "PNG" or "exif" in picture.info       # without one, a PNG would be decoded
+                if exif and picture.getexif().get(0x0112, 1) >= 5:             # the camera lay on its side
                     width, height = height, width
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             read_image(file)                                       # says in a sentence what is wrong
@@ -1160,7 +1179,7 @@ class FaceFolder(torch.utils.data.Dataset):
 
     def _report(self, file, error):
         self.faults[file] = str(error)
-        if len(self.faults) > max(0.05 * self.total, 1 if self.total > 1 else 0):
+        if len(self.faults) > 0.05 * self.total:
             listed = "; ".join(list(self.faults.values())[:3])
             raise InputError(f"{len(self.faults)} of {self.total} pictures cannot be used (more than 5 %): {listed}")
         print(f"left out: {error}", file=sys.stderr)
@@ -1183,18 +1202,20 @@ class FaceFolder(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, index):
-        while index not in self.kept:
+        if index in self.kept:
+            image, landmarks = self.kept[index]
+        else:
             try:
-                loaded = self._load(index)
+                image, landmarks = self._load(index)
             except InputError as error:
                 if self.files[index] not in self.faults:
                     self._report(self.files[index], error)
-                index = (index + 1) % len(self)                    # a damaged picture is replaced by its neighbour
-                continue
+                others = [i for i in self.others(index) if self.files[i] not in self.faults]
+                if not others:
+                    raise InputError(f"{error} (there is no other picture of this identity to take its place)") from None
+                return self[others[0]]                             # the same person: no held-out face slips in
             if self.keep:
-                self.kept[index] = loaded
-            break
-        image, landmarks = self.kept.get(index) or loaded
+                self.kept[index] = image, landmarks
         return Face(image.float() / 127.5 - 1, landmarks, int(self.identity[index]))
 
     def others(self, index):
@@ -1264,10 +1285,11 @@ def load_published(module, path, name, source, rename=None):
     state = load_weights(path)
     state = {rename(key) if rename else key: value for key, value in state.items()}
     own = module.state_dict()
+    own = {key: value for key, value in own.items() if not key.endswith("num_batches_tracked")}
     wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
     if wrong:
         raise InputError(f"{path}: not the weights of {name} ({wrong[0]} does not fit); download {source}")
-    module.load_state_dict({key: state[key] for key in own})
+    module.load_state_dict({key: state[key] for key in own}, strict=False)
     return module.eval().requires_grad_(False)
 
 
@@ -1301,9 +1323,10 @@ class LPIPS(nn.Module):
 
 def frechet_distance(first, second):
     """Fréchet distance of Gaussians fitted to two sets of features (N,D), (M,D): |μ1−μ2|² + tr(C1 + C2 − 2 (C1 C2)^½)."""
-    (mean1, cov1), (mean2, cov2) = ((x.double().mean(0), x.double().T.cov()) for x in (first, second))
-    root = torch.linalg.eigvals(cov1 @ cov2).sqrt().real.sum()
-    return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * root).item()
+    (one, mean1), (two, mean2) = (((x.double() - x.double().mean(0)) / (len(x) - 1) ** 0.5, x.double().mean(0))
+                                  for x in (first, second))
+    root = torch.linalg.svdvals(one @ two.T).sum()                  # tr (C1 C2)^½ with C = AᵀA, without D×D matrices
+    return ((mean1 - mean2).square().sum() + one.square().sum() + two.square().sum() - 2 * root).item()
 
 
 class FID:
@@ -1399,7 +1422,8 @@ def verification_accuracy(embeddings, identity, seed=0):
     for part in (fold, ~fold):
         thresholds = torch.linspace(-1, 1, 401)
         accuracy = ((cosine[~part, None] > thresholds) == same[~part, None]).float().mean(0)
-        right += ((cosine[part] > thresholds[accuracy.argmax()]) == same[part]).sum().item()
+        threshold = thresholds[accuracy == accuracy.max()].mean()           # the middle of the best ones
+        right += ((cosine[part] > threshold) == same[part]).sum().item()
         count += int(part.sum())
     return right / count
 
@@ -1429,7 +1453,8 @@ def recogniser(faces, purpose="loss", epochs=20, batch=64, quiet=False):
             return net.folded()
     device = choose_device("auto")
     train, validation, test = split_identities(faces)
-    images, identity = torch.stack([to_uint8(faces[i].image) for i in train]).to(device), faces.identity[train]
+    images, identity = torch.stack([to_uint8(F.interpolate(faces[i].image[None], (64, 64), mode="bilinear", antialias=True)[0])
+                                    for i in train]).to(device), faces.identity[train]
     label = torch.searchsorted(identity.unique(), identity).to(device)
     batch = min(batch, len(images))
     steps = epochs * len(images) // batch
@@ -1446,8 +1471,8 @@ def recogniser(faces, purpose="loss", epochs=20, batch=64, quiet=False):
             x = images[index].float() / 127.5 - 1
             low = [64, 64, 64, 48, 32, 20][int(torch.randint(6, (), generator=generator))]     # blurred pictures too
             left, top = torch.randint(-3, 4, (2,), generator=generator).tolist()
-            x = F.interpolate(x, (low, low), mode="bilinear", antialias=True)
-            x = F.interpolate(x, (64, 64), mode="bilinear") if low < 64 else x
+            if low < 64:
+                x = F.interpolate(F.interpolate(x, (low, low), mode="bilinear", antialias=True), (64, 64), mode="bilinear")
             x = torch.roll(x.flip(3) if step % 2 else x, (top, left), (2, 3))
             with autocast(device):
                 embedding = net(x.contiguous(memory_format=torch.channels_last))
@@ -1458,7 +1483,7 @@ def recogniser(faces, purpose="loss", epochs=20, batch=64, quiet=False):
             schedule.step()
             if step % 20 == 0:
                 progress.update(step, f"loss {loss.item():.2f}")
-    net = net.eval().cpu().float()
+    net = net.eval().cpu().to(memory_format=torch.contiguous_format)      # as a cached one: equal to the bit
     held = spread(validation + test, 400)
     with torch.inference_mode():
         embeddings = torch.cat([net(stack_faces(faces, held[i:i + 64])[0]) for i in range(0, len(held), 64)])
@@ -1550,7 +1575,7 @@ def download(url, path, sha256, attempts=3):
                     break
                 reply.raise_for_status()
                 with open(part, "ab" if reply.status_code == 206 else "wb") as file:
-                    for chunk in reply.iter_content(1 << 20):
+                    for chunk in reply.iter_content(1 << 16):
                         file.write(chunk)
             break
         except (requests.RequestException, OSError) as error:
@@ -1574,8 +1599,9 @@ def file_sha256(path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def seeded(*numbers):
-    """A random stream of its own for every tuple of whole numbers, for example (seed, step, rank)."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+    """A random stream of its own for every tuple of whole numbers ≥ 0, for example (seed, step, rank)."""
+    state = np.random.SeedSequence((*numbers, len(numbers))).generate_state(1, np.uint64)[0]      # (7,) is not (7, 0)
+    return torch.Generator().manual_seed(int(state >> 1))
 
 
 def choose_device(name="auto"):
@@ -1644,7 +1670,7 @@ def load_weights(path, device="cpu"):
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint; train one first (--train) or name another with --checkpoint") from None
     except Exception as error:              # torch raises half a dozen types for what is no checkpoint
-        code = "weights_only" in str(error) or "Unsupported" in str(error)
+        code = "Unsupported global" in str(error) or "Unsupported class" in str(error)
         reason = "holds code or objects, which are never run" if code else "damaged, or not a checkpoint"
         raise InputError(f"{path}: {reason}; use a checkpoint that --train wrote") from None
 

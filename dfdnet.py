@@ -669,6 +669,11 @@ def main(argv=None):
             raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
         return int(text)
 
+    def natural(text):
+        if not text.isdecimal():
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+        return int(text)
+
     parser.error = refuse
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--train", action="store_true", help="train, then measure on held-out identities")
@@ -681,9 +686,9 @@ def main(argv=None):
     parser.add_argument("--size", type=positive, help="pixels, a multiple of 16")
     parser.add_argument("--steps", type=positive, help="training steps")
     parser.add_argument("--batch", type=positive, help="images a step and process")
-    parser.add_argument("--seed", type=int, help="fixes data, initialisation and order (default 0)")
+    parser.add_argument("--seed", type=natural, help="fixes data, initialisation and order (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read and degrade images (default 0)")
+    parser.add_argument("--workers", type=natural, default=0, help="processes that read and degrade images (default 0)")
     parser.add_argument("--out", metavar="DIR", help=f"the run's folder (default runs/{SCRIPT}), or where restored pictures go (restored)")
     parser.add_argument("--checkpoint", metavar="FILE", help="default: the run's own")
     parser.add_argument("--vggface", metavar="FILE", help="VGG-Face weights, the encoder of --preset paper")

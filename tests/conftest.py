@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def face_folder(tmp_path_factory):
-    """24 rendered people × 5 pictures of 64×64, a folder each: `shot_0.png` beside `shot_0.png.txt`. Read only."""
+    """24 rendered people × 5 pictures of 64×64, a folder each: `shot_0.png`, `shot_0.png.txt`; read only."""
     root = tmp_path_factory.mktemp("faces")
     for index, face in enumerate(common.RenderedFaces(64, identities=24, per_identity=5)):
         file = root / f"person_{face.identity:02d}" / f"shot_{index % 5}.png"

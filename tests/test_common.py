@@ -233,10 +233,8 @@ def test_restoreformers_ranges_are_continuous():
     for drawn_from, (low, high) in zip((model.blur, model.scale, model.noise, model.quality),
                                        ((0.2, 10), (1, 8), (0, 20), (60, 100))):
         drawn = drawn_from.draw(4000, common.seeded(1))
-        assert (
-            low <= drawn.min() < low + 0.01 * (high - low)
-            and high - 0.01 * (high - low) < drawn.max() <= high
-        )
+        near = 0.01 * (high - low)
+        assert low <= drawn.min() < low + near and high - near < drawn.max() <= high
         assert drawn.unique().numel() > 3900 and abs(drawn.mean() - (low + high) / 2) < 0.03 * (high - low)
     assert not model.motion and model.mode == "bilinear"
 
@@ -318,7 +316,7 @@ def test_degrade_is_the_equation_step_by_step(mode, sigma, factor, quality):
     degraded = levels(common.degrade(target, fixed(sigma, factor, quality, mode), common.seeded(0)))
     for image, result in zip(target, degraded):
         error = (literal_degradation(image, gaussian_kernel(sigma), factor, quality, mode) - result).abs()
-        # A level that rounds the other way on the small picture shows after the up-sampling, more so through JPEG.
+        # A level that rounds the other way on the small picture shows in the large one, more so after JPEG.
         assert error.mean() < (0.1 if quality else 0.03) and error.max() <= (12 if quality else 2)
 
 
@@ -371,12 +369,9 @@ def correlation(x, y):
 def test_noise_has_its_strength_in_units_of_255(strength):
     grey = torch.zeros(4, 3, 96, 96)
     noise = levels(common.degrade(grey, fixed(0, 1, 0, noise=strength), common.seeded(1))) - 127.5
-    assert (
-        abs(noise.std() - math.hypot(strength, 1 / math.sqrt(12))) < 0.015 * strength
-        and abs(noise.mean()) < 0.1
-    )
+    expected = math.hypot(strength, 1 / math.sqrt(12))  # with the rounding to 8 bits
+    assert abs(noise.std() - expected) < 0.015 * strength and abs(noise.mean()) < 0.1
     assert max(abs(correlation(noise[0, 0], noise[0, 1])), abs(correlation(noise[0], noise[1])),
-               # White in space, colour and picture.
                abs(correlation(noise[..., 1:], noise[..., :-1]))) < 0.03
 
 
@@ -416,7 +411,7 @@ def test_degrade_on_a_gpu_equals_the_cpu_without_noise():
 # ------------------------------------------------------------------------------------- 3. Landmarks
 
 def template_face(size=512, seed=0):
-    """68 points (68,2) whose eye centres, nose tip and mouth corners lie on the FFHQ template of a size×size crop."""
+    """68 points (68,2) whose eye centres, nose tip and mouth corners lie on the FFHQ template of a crop."""
     five = torch.tensor(
         [[192.98, 239.95], [318.90, 240.19], [256.63, 314.02], [201.26, 371.41], [313.09, 371.15]]
     )
@@ -499,16 +494,10 @@ def test_landmarks_that_are_missing_binary_or_partly_outside(tmp_path):
 def test_find_landmarks_looks_beside_the_picture_and_in_a_parallel_folder(tmp_path):
     picture = tmp_path / "anna" / "a.jpg"
     picture.parent.mkdir()
-    assert (
-        common.find_landmarks(picture) is None and common.find_landmarks(picture, tmp_path / "marks") is None
-    )
-    for place in (
-        "anna/a.txt",
-        "anna/a.jpg.txt",
-        "marks/anna/a.txt",
-        "marks/anna/a.jpg.txt",
-        "marks/a.jpg.txt",
-    ):
+    assert common.find_landmarks(picture) is common.find_landmarks(picture, tmp_path / "marks") is None
+    beside = ("anna/a.txt", "anna/a.jpg.txt")
+    parallel = ("marks/anna/a.txt", "marks/anna/a.jpg.txt", "marks/a.jpg.txt")
+    for place in beside + parallel:
         (tmp_path / place).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / place).touch()
         folder = tmp_path / "marks" if place.startswith("marks") else None
@@ -518,9 +507,8 @@ def test_find_landmarks_looks_beside_the_picture_and_in_a_parallel_folder(tmp_pa
 def test_similarity_is_the_least_squares_solution():
     rng = np.random.default_rng(0)
     source = rng.uniform(0, 200, (9, 2))
-    target = similar(torch.from_numpy(source).float(), 0.6, 25, [12.0, -7]).numpy() + rng.normal(
-        0, 3, (9, 2)
-    )
+    target = similar(torch.from_numpy(source).float(), 0.6, 25, [12.0, -7]).numpy()
+    target = target + rng.normal(0, 3, (9, 2))
     x, y, one, zero = source[:, 0], source[:, 1], np.ones(9), np.zeros(9)
     equations = np.concatenate([np.stack([x, -y, one, zero], 1), np.stack([y, x, zero, one], 1)])
     a, b, c, d = np.linalg.lstsq(equations, target.T.reshape(-1), rcond=None)[0]
@@ -570,9 +558,6 @@ def test_align_face_is_exact_to_a_fraction_of_a_pixel(face, size, stretch):
     error = (crop - waves(source[..., 0] / stretch, source[..., 1] / stretch))[:, inside]
     assert inside.float().mean() > 0.5
     assert error.square().mean().sqrt() < 0.02  # half a pixel of the crop off: 0.05 and more
-    assert (
-        error * waves(source[..., 0] / stretch + 1.57 * 6, source[..., 1] / stretch)[:, inside]
-    ).mean().abs() < 3e-3
 
 
 @pytest.mark.parametrize("face, size, stretch", [(170, 256, 1), (150, 128, 1), (120, 512, 2), (330, 96, 8)])
@@ -764,9 +749,8 @@ def test_rendered_landmarks_lie_on_the_face(face_folder):
     five = common.five_points(landmarks).mean(0)
     assert (five - common.five_points(template_face(64))).norm(dim=1).max() < 5
     mouth = landmarks[:, 60:68]
-    assert (mouth[:, 0, 0] < mouth[:, 4, 0]).all() and (
-        mouth[:, 2, 1] <= mouth[:, 6, 1] + 1
-    ).float().mean() > 0.9
+    assert (mouth[:, 0, 0] < mouth[:, 4, 0]).all()
+    assert (mouth[:, 2, 1] <= mouth[:, 6, 1] + 1).float().mean() > 0.9
     assert (landmarks[:, 8, 1] > landmarks[:, 57, 1]).all()           # the chin is below the lips
 
 
@@ -829,10 +813,8 @@ def test_others_are_the_other_pictures_of_the_person(face_folder):
 
 
 def test_face_folder_reads_a_folder_per_identity(face_folder):
-    faces, rendered = (
-        common.FaceFolder(face_folder, 64),
-        common.RenderedFaces(64, identities=24, per_identity=5),
-    )
+    faces = common.FaceFolder(face_folder, 64)
+    rendered = common.RenderedFaces(64, identities=24, per_identity=5)
     assert len(faces) == 120 and torch.equal(faces.identity, rendered.identity)
     for i in (0, 61, 119):
         assert torch.equal(levels(faces[i].image), levels(rendered[i].image)) and faces[i].identity == i // 5
@@ -890,9 +872,8 @@ def test_face_folder_takes_landmarks_from_a_parallel_folder_or_aligned_crops(tmp
     expected = common.read_landmarks(marks / "person_01" / "shot_2.png.txt")
     torch.testing.assert_close(faces[7].landmarks, expected, atol=1e-4, rtol=0)
     crops = common.FaceFolder(tmp_path / "pictures", 64, aligned=True)
-    assert torch.equal(crops[7].landmarks, common.mean_landmarks(64)) and torch.equal(
-        crops[7].image, faces[7].image
-    )
+    assert torch.equal(crops[7].image, faces[7].image)
+    assert torch.equal(crops[7].landmarks, common.mean_landmarks(64))
 
 
 def test_face_folder_without_landmarks_or_pictures_says_so(tmp_path, face_folder, monkeypatch):
@@ -914,12 +895,20 @@ def test_face_folder_names_and_skips_a_few_unreadable_files(tmp_path, face_folde
     faces = common.FaceFolder(root, 64)
     images = [face.image for face in faces]
     told = capsys.readouterr().err
-    assert (
-        38 <= len(faces) <= 39
-        and len(images) == len(faces)
-        and all(image.isfinite().all() for image in images)
-    )
+    assert 38 <= len(faces) <= 39 and len(images) == len(faces)
+    assert all(image.isfinite().all() for image in images)
     assert told.count("007.png") == 1 and told.count("020.png") == 1
+
+
+def test_a_damaged_picture_is_never_replaced_by_another_person(tmp_path, face_folder):
+    root = shutil.copytree(face_folder, tmp_path / "faces")
+    person = root / "person_03"
+    (person / "shot_4.png").unlink()
+    (person / "shot_4.png.txt").rename(person / "shot_4.jpg.txt")
+    (person / "shot_4.jpg").write_bytes(jpeg_bytes(64, 64)[:3000])    # its head is whole
+    faces = common.FaceFolder(root, 64)
+    # Its neighbour may be held out; a loss or a guide would take one person for the other.
+    assert [face.identity for face in faces] == faces.identity.tolist()
 
 
 def test_face_folder_with_more_than_5_percent_unreadable_is_an_error(tmp_path, face_folder):
@@ -967,10 +956,8 @@ def test_stack_faces_and_spread(face_folder):
     faces = common.FaceFolder(face_folder, 64)
     images, landmarks = common.stack_faces(faces, [4, 2])
     assert torch.equal(images[0], faces[4].image) and torch.equal(landmarks[1], faces[2].landmarks)
-    assert common.spread(list(range(10, 20)), 5) == [10, 12, 14, 16, 18] and common.spread([3, 1], 5) == [
-        3,
-        1,
-    ]
+    assert common.spread(list(range(10, 20)), 5) == [10, 12, 14, 16, 18]
+    assert common.spread([3, 1], 5) == [3, 1]
 
 
 # ------------------------------------------------------------------------------------- 5. Metrics
@@ -984,7 +971,7 @@ def measured_pictures():
 
 
 def test_psnr_and_ssim_equal_scikit_image():
-    # structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=2, channel_axis=0)
+    # structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=2)
     one, two, three = measured_pictures()
     restored, target = torch.cat([two, three]), one.expand(2, -1, -1, -1)
     np.testing.assert_allclose(common.psnr(restored, target), [24.0574166, 43.0050332], atol=1e-4)
@@ -1075,10 +1062,13 @@ def test_fid_pools_as_the_original_network_and_is_zero_for_a_set_with_itself(tmp
     net = torchvision.models.inception_v3(
         weights=None, num_classes=1008, aux_logits=False, init_weights=False
     ).eval()
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):  # features that do not fade on their way through 90 layers
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     torch.save(net.state_dict(), tmp_path / "inception.pth")
     fid, images = common.FID(tmp_path / "inception.pth"), random_images(2, 3, 40, 40)
     features = fid.features([images[:1], images[1:]])
-    assert features.shape == (2, 2048)
+    assert features.shape == (2, 2048) and features.std() > 0.01
 
     # The original averages over the pixels inside only, and its last block takes a maximum instead.
     pools = types.SimpleNamespace(**vars(F))
@@ -1091,7 +1081,7 @@ def test_fid_pools_as_the_original_network_and_is_zero_for_a_set_with_itself(tmp
     )
     with torch.inference_mode():
         expected = net(F.interpolate(images, (299, 299), mode="bilinear", align_corners=False))
-    torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-5)
+    assert (features - expected).norm() < 1e-4 * expected.norm()
     assert abs(fid([images], [images])) < 1e-3 * features.square().sum(1).mean()
 
 
@@ -1195,19 +1185,16 @@ def test_recogniser_is_trained_once_repeatably_and_again_when_its_cache_is_damag
     third = common.recogniser(faces, epochs=1, quiet=True)
     x = random_images(2, 3, 64, 64)
     assert torch.equal(first(x), second(x)) and torch.equal(first(x), third(x))
-    assert 0 <= first.accuracy == second.accuracy <= 1 and not any(
-        p.requires_grad for p in second.parameters()
-    )
+    assert 0 <= first.accuracy == second.accuracy <= 1
+    assert not any(p.requires_grad for p in second.parameters())
     other = common.recogniser(faces, "metric", epochs=1, quiet=True)
     assert other.widths != first.widths and len(list(tmp_path.iterdir())) == 2
 
 
 def test_recogniser_of_pictures_without_identities_uses_rendered_faces_and_says_so(
         tmp_path, face_folder, monkeypatch, capsys):
-    faces, rendered = (
-        common.FaceFolder(flat_folder(tmp_path / "flat", face_folder), 64),
-        common.FaceFolder(face_folder, 64),
-    )
+    faces = common.FaceFolder(flat_folder(tmp_path / "flat", face_folder), 64)
+    rendered = common.FaceFolder(face_folder, 64)
     monkeypatch.setattr(common, "CACHE", tmp_path)
     monkeypatch.setattr(common, "RenderedFaces", lambda *a, **k: rendered)
     common.recogniser(faces, epochs=1)
@@ -1267,7 +1254,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 @pytest.fixture
 def server(monkeypatch):
-    """A local server: /file honours Range, /whole ignores it, /broken hangs up once half way. Requests are kept."""
+    """Its address, and what was asked: /file honours Range, /whole does not, /broken hangs up half way."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -1315,7 +1302,7 @@ def test_download_goes_on_where_it_stopped(server, tmp_path, page, part):
 def test_download_resumes_a_connection_that_breaks(server, tmp_path):
     url, asked = server
     assert common.download(f"{url}/broken", tmp_path / "w.pth", SHA256).read_bytes() == CONTENT
-    assert [wanted for _, wanted in asked] == [None, "bytes=1048576-"]
+    assert [wanted for _, wanted in asked] == [None, "bytes=65536-"]
 
 
 def test_download_refuses_what_is_not_the_expected_file(server, tmp_path):

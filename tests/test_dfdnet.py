@@ -1,4 +1,5 @@
-"""DFDNet: every equation against an independent form, what each loss reaches, and learning on held-out people."""
+"""DFDNet: every equation against an independent form, what each loss reaches, learning on held-out people."""
+
 import copy
 import json
 import math
@@ -23,8 +24,15 @@ WIDTHS = (6, 8, 10, 12)
 def some_landmarks(count, size=64, seed=3):
     """Faces of a simple layout, each moved and stretched a little: (count,68,2)."""
     generator, points = torch.Generator().manual_seed(seed), torch.zeros(68, 2)
-    groups = {(0, 17): (0.5, 0.6, 0.4), (17, 22): (0.37, 0.37, 0.09), (22, 27): (0.63, 0.37, 0.09), (27, 36): (0.5, 0.57, 0.08),
-              (36, 42): (0.37, 0.46, 0.07), (42, 48): (0.63, 0.46, 0.07), (48, 68): (0.5, 0.76, 0.11)}
+    groups = {
+        (0, 17): (0.5, 0.6, 0.4),
+        (17, 22): (0.37, 0.37, 0.09),
+        (22, 27): (0.63, 0.37, 0.09),
+        (27, 36): (0.5, 0.57, 0.08),
+        (36, 42): (0.37, 0.46, 0.07),
+        (42, 48): (0.63, 0.46, 0.07),
+        (48, 68): (0.5, 0.76, 0.11),
+    }
     for (first, end), (x, y, radius) in groups.items():
         turn = torch.linspace(0, 2 * math.pi, end - first + 1)[:-1]
         points[first:end] = torch.stack([x + radius * turn.cos(), y + radius * turn.sin()], 1)
@@ -34,7 +42,11 @@ def some_landmarks(count, size=64, seed=3):
 
 def encoder():
     torch.manual_seed(1)
-    return common.Recogniser(WIDTHS).folded()
+    net = common.Recogniser(WIDTHS).folded()
+    for layer in net.stages.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)  # deep features as large as shallow ones
+    return net
 
 
 def randomised(module, spread=0.1):
@@ -48,8 +60,13 @@ def randomised(module, spread=0.1):
 
 def random_dictionary(cfg, widths=WIDTHS, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return {f"scale{s}": {part: torch.rand(cfg.entries, widths[s - 1], size, size, generator=generator)
-                          for part, size in zip(PARTS, cfg.part_sizes[s - 1])} for s in (1, 2, 3, 4)}
+    return {
+        f"scale{s}": {
+            part: torch.rand(cfg.entries, widths[s - 1], size, size, generator=generator)
+            for part, size in zip(PARTS, cfg.part_sizes[s - 1], strict=True)
+        }
+        for s in (1, 2, 3, 4)
+    }
 
 
 def network(dictionary_seed=0, **changes):
@@ -72,6 +89,7 @@ def ramp(count, height, width):
 
 # Config
 
+
 def test_paper_preset_has_the_papers_numbers():
     paper = dfdnet.PAPER
     assert (paper.preset, paper.size, paper.entries, paper.dictionary_images) == ("paper", 256, 256, 10_000)
@@ -85,14 +103,26 @@ def test_paper_preset_has_the_papers_numbers():
 
 
 def test_variants_are_the_rows_of_tables_2_and_3():
-    assert set(dfdnet.VARIANTS) == set("full k16 k64 k128 k256 k512 0dft 2dft no-cadain no-confidence".split())
+    assert set(dfdnet.VARIANTS) == set(
+        "full k16 k64 k128 k256 k512 0dft 2dft no-cadain no-confidence".split()
+    )
     full = asdict(dfdnet.PAPER)
-    changes = {name: {k: v for k, v in asdict(replace(dfdnet.PAPER, **change)).items() if v != full[k]}
-               for name, change in dfdnet.VARIANTS.items()}
+    changes = {
+        name: {k: v for k, v in asdict(replace(dfdnet.PAPER, **change)).items() if v != full[k]}
+        for name, change in dfdnet.VARIANTS.items()
+    }
     assert changes == {
-        "full": {}, "k16": {"entries": 16}, "k64": {"entries": 64}, "k128": {"entries": 128}, "k256": {},
-        "k512": {"entries": 512}, "0dft": {"dft_scales": ()}, "2dft": {"dft_scales": (3, 4)},
-        "no-cadain": {"cadain": False}, "no-confidence": {"confidence": False}}
+        "full": {},
+        "k16": {"entries": 16},
+        "k64": {"entries": 64},
+        "k128": {"entries": 128},
+        "k256": {},
+        "k512": {"entries": 512},
+        "0dft": {"dft_scales": ()},
+        "2dft": {"dft_scales": (3, 4)},
+        "no-cadain": {"cadain": False},
+        "no-confidence": {"confidence": False},
+    }
 
 
 @pytest.mark.parametrize("size", [256, 128, 64])
@@ -105,6 +135,7 @@ def test_part_sizes_are_40_40_25_55_at_256_and_halve_from_scale_to_scale(size):
 
 
 # Eq. (1)
+
 
 def clusters_apart(counts, seed=0, spread=1.0):
     """Points around well separated corners, `counts[k]` of them around corner k → points, corner of each."""
@@ -120,9 +151,11 @@ def test_kmeans_recovers_separated_clusters_of_unequal_sizes():
     assert centres.shape == (5, 12) and centres.dtype == torch.float32
     for k in range(5):
         members = label == k
-        assert len(cluster[members].unique()) == 1                                # one cluster a corner …
-        torch.testing.assert_close(centres[cluster[members][0]], points[members].mean(0), rtol=1e-4, atol=1e-3)
-    assert len(cluster.unique()) == 5                                             # … and no corner shares one
+        assert len(cluster[members].unique()) == 1  # one cluster a corner …
+        torch.testing.assert_close(
+            centres[cluster[members][0]], points[members].mean(0), rtol=1e-4, atol=1e-3
+        )
+    assert len(cluster.unique()) == 5  # … and no corner shares one
     torch.testing.assert_close(distance, (points - centres[cluster]).square().sum(1), rtol=1e-2, atol=0.2)
 
 
@@ -132,7 +165,14 @@ def test_kmeans_seeds_are_points_far_from_each_other():
         seeds = dfdnet.kmeans(points, 6, common.seeded(seed), rounds=0)[0]
         found = (seeds[:, None] - points).abs().sum(2).argmin(1)
         assert torch.equal(seeds, points[found])
-        assert sorted(label[found].tolist()) == [0, 1, 2, 3, 4, 5]  # uniform draws would all fall into the first
+        assert sorted(label[found].tolist()) == [
+            0,
+            1,
+            2,
+            3,
+            4,
+            5,
+        ]  # uniform draws would all fall into the first
 
 
 def lloyd(points, centres, rounds):
@@ -154,7 +194,7 @@ def test_kmeans_is_no_worse_than_plain_lloyd_from_the_same_seeds(rounds):
     torch.testing.assert_close(distance, exact.values, rtol=1e-3, atol=1e-4)
     assert torch.equal(cluster, exact.indices)
     assert exact.values.sum() <= lloyd(points, seeds, rounds) * (1 + 1e-4)
-    if rounds == 60:                                                              # long converged
+    if rounds == 60:  # long converged
         means = torch.stack([points[cluster == k].mean(0) for k in range(12)])
         torch.testing.assert_close(centres, means, rtol=1e-4, atol=1e-5)
 
@@ -162,7 +202,7 @@ def test_kmeans_is_no_worse_than_plain_lloyd_from_the_same_seeds(rounds):
 def test_kmeans_reseeds_empty_clusters_at_the_worst_served_points(monkeypatch):
     points = torch.cat([torch.zeros(40, 4), torch.eye(4)[:3] * torch.tensor([50.0, 70, 90])[:, None]])
     start = next(s for s in range(9) if torch.randint(43, (), generator=common.seeded(s)) < 40)
-    monkeypatch.setattr(torch, "multinomial", lambda *_, **__: torch.tensor([0]))         # all seeds alike
+    monkeypatch.setattr(torch, "multinomial", lambda *_, **__: torch.tensor([0]))  # all seeds alike
     centres, _, distance = dfdnet.kmeans(points, 4, common.seeded(start))
     assert sorted(centres.sum(1).tolist()) == [0, 50, 70, 90]
     assert distance.abs().max() == 0
@@ -183,6 +223,7 @@ def test_kmeans_does_not_depend_on_its_chunks(monkeypatch):
     def small(tensor, size, dim=0):
         calls.append(size)
         return split(tensor, min(size, 5), dim)
+
     monkeypatch.setattr(torch.Tensor, "split", small)
     chunked = dfdnet.kmeans(points, 7, common.seeded(1))
     assert calls and calls[0] >= 54
@@ -198,6 +239,7 @@ def test_kmeans_refuses_more_clusters_than_points():
 
 class FewFaces:
     """Random pictures with landmarks, as a data set."""
+
     fingerprint, identity = "few", torch.arange(5)
 
     def __getitem__(self, index):
@@ -209,8 +251,9 @@ class FewFaces:
         return 5
 
 
-def test_build_dictionary_holds_the_cropped_features_of_every_scale_and_part():
+def test_build_dictionary_holds_the_cropped_features_of_every_scale_and_part(monkeypatch):
     """With as many clusters as faces, the centres are the parts themselves."""
+    monkeypatch.setattr(common, "precision", lambda kind: torch.float32)
     faces, net, cfg = FewFaces(), encoder(), replace(TINY, entries=5)
     dictionary, picture = dfdnet.build_dictionary(cfg, net, faces, list(range(5)), torch.device("cpu"), True)
     assert picture.ndim == 3 and picture.isfinite().all()
@@ -228,21 +271,44 @@ def test_build_dictionary_holds_the_cropped_features_of_every_scale_and_part():
             gaps = (entries.float()[:, None] - crop).square().flatten(2).mean(2).sqrt()
             apart = (crop[:, None] - crop).square().flatten(2).mean(2).sqrt() + torch.eye(5) * 9
             assert sorted(gaps.argmin(1).tolist()) == [0, 1, 2, 3, 4]
-            assert gaps.min(1).values.max() < 0.2 * apart.min()                  # bfloat16 and float16 round
+            assert gaps.min(1).values.max() < 0.02 * apart.min()  # kept as float16
+
+
+def test_build_dictionary_of_copies_of_one_face_still_works():
+    class Copies(FewFaces):
+        def __getitem__(self, index):
+            return super().__getitem__(0)
+
+    cfg = replace(TINY, entries=3)
+    dictionary, _ = dfdnet.build_dictionary(
+        cfg, encoder(), Copies(), list(range(5)), torch.device("cpu"), True
+    )
+    assert all(entries.isfinite().all() for scale in dictionary.values() for entries in scale.values())
 
 
 def test_build_dictionary_takes_at_most_the_named_number_of_faces():
     with pytest.raises(common.InputError, match="3 faces"):
-        dfdnet.build_dictionary(replace(TINY, entries=5, dictionary_images=3), encoder(), FewFaces(), list(range(5)),
-                                torch.device("cpu"), True)
+        dfdnet.build_dictionary(
+            replace(TINY, entries=5, dictionary_images=3),
+            encoder(),
+            FewFaces(),
+            list(range(5)),
+            torch.device("cpu"),
+            True,
+        )
 
 
 # RoIAlign and its reverse
 
+
 def test_crop_of_a_linear_ramp_is_the_ramp_at_the_bin_centres():
     stride, sizes = 4, (5, 3, 4, 7)
-    boxes = torch.tensor([[[10.0, 20, 31, 44], [50, 9, 71, 30], [33.5, 40, 60, 67], [20, 60, 90, 75]],
-                          [[14.0, 25, 35, 40], [52, 14, 70, 36], [40.5, 44, 66, 61], [24, 66, 84, 85]]])
+    boxes = torch.tensor(
+        [
+            [[10.0, 20, 31, 44], [50, 9, 71, 30], [33.5, 40, 60, 67], [20, 60, 90, 75]],
+            [[14.0, 25, 35, 40], [52, 14, 70, 36], [40.5, 44, 66, 61], [24, 66, 84, 85]],
+        ]
+    )
     parts = dfdnet.crop_components(ramp(2, 24, 26), boxes, stride, sizes)
     for part, size, box in zip(parts, sizes, boxes.unbind(1), strict=True):
         assert part.shape == (2, 2, size, size)
@@ -250,7 +316,7 @@ def test_crop_of_a_linear_ramp_is_the_ramp_at_the_bin_centres():
             x1, y1, x2, y2 = (box[n] / stride).tolist()
             for i in range(size):
                 for j in range(size):
-                    x = x1 + (j + 0.5) * (x2 - x1) / size - 0.5         # edges → index: pixel i spans i … i + 1
+                    x = x1 + (j + 0.5) * (x2 - x1) / size - 0.5  # edges → index: pixel i spans i … i + 1
                     y = y1 + (i + 0.5) * (y2 - y1) / size - 0.5
                     assert part[n, 0, i, j].item() == pytest.approx(3 * x + y + 10 * n, abs=1e-3)
                     assert part[n, 1, i, j].item() == pytest.approx(2 - y, abs=1e-3)
@@ -263,7 +329,7 @@ def paste_by_loop(parts, boxes, stride, height, width):
         for y in range(height):
             for x in range(width):
                 found = []
-                for part, box in zip(parts, boxes[n]):
+                for part, box in zip(parts, boxes[n], strict=True):
                     x1, y1, x2, y2 = (box / stride).tolist()
                     if not (x1 < x + 0.5 < x2 and y1 < y + 0.5 < y2):
                         continue
@@ -272,8 +338,12 @@ def paste_by_loop(parts, boxes, stride, height, width):
                     v = min(max((y + 0.5 - y1) / (y2 - y1) * size - 0.5, 0), size - 1)
                     i, j = min(int(v), size - 2), min(int(u), size - 2)
                     a, b = v - i, u - j
-                    found.append((1 - a) * (1 - b) * part[n, :, i, j] + (1 - a) * b * part[n, :, i, j + 1]
-                                 + a * (1 - b) * part[n, :, i + 1, j] + a * b * part[n, :, i + 1, j + 1])
+                    found.append(
+                        (1 - a) * (1 - b) * part[n, :, i, j]
+                        + (1 - a) * b * part[n, :, i, j + 1]
+                        + a * (1 - b) * part[n, :, i + 1, j]
+                        + a * b * part[n, :, i + 1, j + 1]
+                    )
                 if found:
                     result[n, :, y, x] = sum(found) / len(found)
     return result
@@ -282,8 +352,12 @@ def paste_by_loop(parts, boxes, stride, height, width):
 def test_paste_equals_bilinear_sampling_pixel_by_pixel_with_means_in_overlaps():
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(2, 3, size, size, generator=generator) for size in (5, 4, 3, 6)]
-    boxes = torch.tensor([[[1.3, 4.1, 14.7, 17.2], [11.2, 6.3, 25, 21], [9.1, 12.3, 20, 29.9], [0, 20.5, 22.2, 32]],
-                          [[5.3, 1.1, 20.2, 12.8], [15.2, 8.3, 31, 24], [2.1, 2.3, 30, 10.9], [3, 3.5, 9.2, 32]]])
+    boxes = torch.tensor(
+        [
+            [[1.3, 4.1, 14.7, 17.2], [11.2, 6.3, 25, 21], [9.1, 12.3, 20, 29.9], [0, 20.5, 22.2, 32]],
+            [[5.3, 1.1, 20.2, 12.8], [15.2, 8.3, 31, 24], [2.1, 2.3, 30, 10.9], [3, 3.5, 9.2, 32]],
+        ]
+    )
     pasted = dfdnet.paste_components(parts, boxes, 2, (16, 18))
     torch.testing.assert_close(pasted, paste_by_loop(parts, boxes, 2, 16, 18), rtol=1e-4, atol=1e-5)
 
@@ -291,16 +365,21 @@ def test_paste_equals_bilinear_sampling_pixel_by_pixel_with_means_in_overlaps():
 def test_paste_undoes_crop_inside_the_boxes_and_leaves_zero_outside():
     sizes, features = (4, 4, 5, 6), ramp(1, 20, 20)
     corners = [(1, 2), (12, 2), (7, 7), (6, 13)]
-    boxes = torch.tensor([[[x, y, x + size, y + size] for (x, y), size in zip(corners, sizes)]]).float()
-    pasted = dfdnet.paste_components(dfdnet.crop_components(features, boxes * 8, 8, sizes), boxes * 8, 8, (20, 20))
+    boxes = torch.tensor(
+        [[[x, y, x + size, y + size] for (x, y), size in zip(corners, sizes, strict=True)]]
+    ).float()
+    pasted = dfdnet.paste_components(
+        dfdnet.crop_components(features, boxes * 8, 8, sizes), boxes * 8, 8, (20, 20)
+    )
     inside = torch.zeros(20, 20, dtype=torch.bool)
-    for (x, y), size in zip(corners, sizes):
-        inside[y:y + size, x:x + size] = True
+    for (x, y), size in zip(corners, sizes, strict=True):
+        inside[y : y + size, x : x + size] = True
     torch.testing.assert_close(pasted[..., inside], features[..., inside], rtol=1e-4, atol=1e-3)
     assert pasted[..., ~inside].abs().max() == 0
 
 
 # Eq. (3) and (4)
+
 
 def literal_match(part, entries, cadain):
     """Eq. (3) for all K entries, then Eq. (4), in float64: part (C,h,w), entries (K,C,h,w) → scores (K,)."""
@@ -308,18 +387,21 @@ def literal_match(part, entries, cadain):
     for entry in entries:
         styled = entry.copy()
         for c in range(len(part)) if cadain else ():
-            styled[c] = part[c].std(ddof=1) * (entry[c] - entry[c].mean()) / entry[c].std(ddof=1) + part[c].mean()
+            styled[c] = (
+                part[c].std(ddof=1) * (entry[c] - entry[c].mean()) / entry[c].std(ddof=1) + part[c].mean()
+            )
         scores.append((part * styled).sum())
     return np.array(scores)
 
 
 def styled_data(samples=24, entries=40):
-    """Parts and entries whose channels differ much in mean and deviation, so that a slip in either picks others."""
+    """Parts and entries whose channels differ in mean and deviation, so that a slip in either picks others."""
     generator = torch.Generator().manual_seed(11)
 
     def draw(count):
         mean, spread = (torch.randn(count, 7, 1, 1, generator=generator) for _ in range(2))
         return torch.randn(count, 7, 5, 5, generator=generator) * (1.2 * spread).exp() + 8 * mean
+
     return draw(samples), draw(entries)
 
 
@@ -330,7 +412,9 @@ def test_match_features_picks_what_renorming_every_entry_picks(cadain):
     chosen = dfdnet.match_features(parts, stored, cadain).tolist()
     assert chosen == [literal_match(part, entries, cadain).argmax() for part in parts]
     other = [literal_match(part, entries, not cadain).argmax() for part in parts]
-    assert sum(a != b for a, b in zip(chosen, other)) > len(parts) / 2           # the data tells the forms apart
+    assert (
+        sum(a != b for a, b in zip(chosen, other, strict=True)) > len(parts) / 2
+    )  # the data tells the forms apart
 
 
 def test_match_features_keeps_the_ranking_under_a_large_common_offset():
@@ -345,7 +429,9 @@ def test_restyle_gives_an_entry_the_mean_and_deviation_of_the_input():
     styled = dfdnet.restyle(dfdnet.normalise_entries(entries), parts)
     torch.testing.assert_close(styled.mean((2, 3)), parts.mean((2, 3)), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(styled.std((2, 3)), parts.std((2, 3)), rtol=1e-2, atol=1e-3)
-    for a, b in zip(styled.flatten(2).flatten(0, 1), entries.flatten(2).flatten(0, 1)):      # its structure stays
+    for a, b in zip(
+        styled.flatten(2).flatten(0, 1), entries.flatten(2).flatten(0, 1), strict=True
+    ):  # its structure stays
         assert np.corrcoef(a.numpy(), b.numpy())[0, 1] > 0.999
 
 
@@ -359,6 +445,7 @@ def test_a_flat_entry_or_input_gives_no_nan():
 
 # Eq. (5), the DFT block and Eq. (6)
 
+
 @pytest.mark.parametrize("spectral", [False, True])
 def test_confidence_score_is_equation_5(spectral):
     block = dfdnet.ConfidenceScore(5, spectral).eval()
@@ -368,7 +455,7 @@ def test_confidence_score_is_equation_5(spectral):
     seen = []
     block.score.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
     enriched = block(part, matched)
-    (residual, score), = seen
+    ((residual, score),) = seen
     torch.testing.assert_close(residual, matched - part)
     torch.testing.assert_close(enriched, part + matched * score)
     assert score.shape == part.shape and score.std() > 1e-3
@@ -378,9 +465,17 @@ def aligned_case():
     """Boxes on whole feature pixels and linear features, which RoIAlign leaves as they are."""
     sizes, stride = (5, 5, 4, 6), 2
     corners = [(1, 1), (12, 2), (7, 8), (5, 13)]
-    boxes = torch.tensor([[[x, y, x + size, y + size] for (x, y), size in zip(corners, sizes)]]).float() * stride
+    boxes = (
+        torch.tensor(
+            [[[x, y, x + size, y + size] for (x, y), size in zip(corners, sizes, strict=True)]]
+        ).float()
+        * stride
+    )
     generator = torch.Generator().manual_seed(8)
-    dictionary = {name: torch.randn(6, 2, size, size, generator=generator) * 3 + 1 for name, size in zip(PARTS, sizes)}
+    dictionary = {
+        name: torch.randn(6, 2, size, size, generator=generator) * 3 + 1
+        for name, size in zip(PARTS, sizes, strict=True)
+    }
     return sizes, stride, corners, boxes, ramp(1, 20, 20) / 20, dictionary
 
 
@@ -393,13 +488,15 @@ def test_dft_block_swaps_in_the_literally_matched_entry_and_touches_nothing_else
     with torch.no_grad():
         result = block(features, boxes)
         expected = features.clone()
-        for index, ((x, y), size, name) in enumerate(zip(corners, sizes, PARTS)):
+        for index, ((x, y), size, name) in enumerate(zip(corners, sizes, PARTS, strict=True)):
             place = (0, slice(None), slice(y, y + size), slice(x, x + size))
             part = features[place]
             entry = dictionary[name][literal_match(part, dictionary[name], cadain).argmax()]
             if cadain:
                 mean, spread = entry.mean((1, 2), keepdim=True), entry.std((1, 2), keepdim=True)
-                entry = part.std((1, 2), keepdim=True) * (entry - mean) / spread + part.mean((1, 2), keepdim=True)
+                entry = part.std((1, 2), keepdim=True) * (entry - mean) / spread + part.mean(
+                    (1, 2), keepdim=True
+                )
             if confidence:
                 entry = part + entry * block.confidence[index].score((entry - part)[None])[0]
             expected[place] = entry
@@ -428,7 +525,7 @@ def test_sft_stage_scales_and_shifts_as_equation_6(up, spectral):
         randomised(stage, 0.4)
     seen = {}
     for name in ("reduce", "scale", "shift", "widen"):
-        hook = lambda module, inputs, output, name=name: seen.update({name: (inputs[0], output)})      # noqa: E731
+        hook = lambda module, inputs, output, name=name: seen.update({name: (inputs[0], output)})  # noqa: E731
         getattr(stage, name).register_forward_hook(hook)
     x, skip = torch.randn(2, 2, 6, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -446,12 +543,13 @@ def test_sft_stage_scales_and_shifts_as_equation_6(up, spectral):
 
 # Eq. (2)
 
+
 def test_a_batch_is_restored_as_its_faces_one_by_one():
     net, boxes = network(), some_boxes(4)
     degraded = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(6)) * 2 - 1
     with torch.no_grad():
         batch = net(degraded, boxes)
-        singles = torch.cat([net(degraded[i:i + 1], boxes[i:i + 1]) for i in range(4)])
+        singles = torch.cat([net(degraded[i : i + 1], boxes[i : i + 1]) for i in range(4)])
     assert batch.shape == degraded.shape and batch.dtype == torch.float32
     torch.testing.assert_close(batch, singles, rtol=1e-4, atol=1e-5)
 
@@ -492,20 +590,21 @@ def test_without_residual_the_output_is_bounded_and_with_it_training_starts_at_t
 
 # Discriminators and Eq. (7) to (9)
 
+
 def test_discriminators_see_the_image_reduced_1_2_4_8_times():
     nets, image = dfdnet.Discriminators(4), torch.rand(2, 3, 64, 64)
     seen = []
     for net in nets:
         net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     assert len(nets(image)) == len(seen) == 4
-    for r, reduced in zip((1, 2, 4, 8), seen):
+    for r, reduced in zip((1, 2, 4, 8), seen, strict=True):
         blocks = image.numpy().reshape(2, 3, 64 // r, r, 64 // r, r).mean((3, 5))
         np.testing.assert_allclose(reduced.numpy(), blocks, atol=1e-5)
 
 
 def test_every_discriminator_convolution_has_spectral_norm_one():
     nets = randomised(dfdnet.Discriminators(4), 3.0)
-    for _ in range(60):                                             # power iteration
+    for _ in range(60):  # power iteration
         nets(torch.rand(1, 3, 64, 64))
     layers = [module for module in nets.modules() if isinstance(module, nn.Conv2d)]
     assert len(layers) >= 12
@@ -525,7 +624,7 @@ def test_perceptual_loss_is_the_second_term_of_equation_7():
     ours, theirs = ([torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2))
     expected = 0.0
     for n in range(3):
-        for weight, a, b in zip(weights, ours, theirs):
+        for weight, a, b in zip(weights, ours, theirs, strict=True):
             channels, height, width = a.shape[1:]
             expected += weight / (channels * height * width) * ((a[n].numpy() - b[n].numpy()) ** 2).sum() / 3
     assert dfdnet.perceptual_loss(ours, theirs, weights).item() == pytest.approx(expected, rel=1e-5)
@@ -538,20 +637,24 @@ def scores(seed):
 
 def test_discriminator_loss_is_the_negative_of_equation_8():
     real, fake = scores(0), scores(1)
-    paper = sum(np.minimum(0, r.numpy() - 1).mean() + np.minimum(0, -1 - f.numpy()).mean() for r, f in zip(real, fake))
+    paper = sum(
+        np.minimum(0, r.numpy() - 1).mean() + np.minimum(0, -1 - f.numpy()).mean()
+        for r, f in zip(real, fake, strict=True)
+    )
     assert dfdnet.discriminator_loss(real, fake).item() == pytest.approx(-paper, rel=1e-5)
     good, bad = [torch.full((1, 1, 2, 2), 1.5)] * 4, [torch.full((1, 1, 2, 2), -1.5)] * 4
-    assert dfdnet.discriminator_loss(good, bad).item() == 0                       # real above 1, fake below −1
+    assert dfdnet.discriminator_loss(good, bad).item() == 0  # real above 1, fake below −1
     assert dfdnet.discriminator_loss(bad, good).item() == pytest.approx(4 * 5)
 
 
 def test_adversarial_loss_is_equation_9_with_a_weight_for_each_scale():
     fake, weights = scores(2), (4.0, 2.0, 1.0, 0.5)
-    expected = -sum(weight * f.numpy().mean() for weight, f in zip(weights, fake))
+    expected = -sum(weight * f.numpy().mean() for weight, f in zip(weights, fake, strict=True))
     assert dfdnet.adversarial_loss(fake, weights).item() == pytest.approx(expected, rel=1e-5)
 
 
 # Data
+
 
 def test_batches_are_a_pure_function_of_seed_rank_and_step():
     faces, indices = FewFaces(), [0, 1, 2, 4]
@@ -562,8 +665,11 @@ def test_batches_are_a_pure_function_of_seed_rank_and_step():
     again = dfdnet.Batches(faces, indices, replace(TINY, steps=9999))
     again[5], batches[0]
     assert all(torch.equal(a, b) for a, b in zip(batches[3], again[3], strict=True))
-    others = [batches[4], dfdnet.Batches(faces, indices, replace(TINY, seed=1))[3],
-              dfdnet.Batches(faces, indices, TINY, rank=1)[3]]
+    others = [
+        batches[4],
+        dfdnet.Batches(faces, indices, replace(TINY, seed=1))[3],
+        dfdnet.Batches(faces, indices, TINY, rank=1)[3],
+    ]
     assert not any(torch.equal(degraded, other[0]) for other in others)
 
 
@@ -573,8 +679,8 @@ def test_batches_hold_only_the_faces_they_may_with_their_own_boxes_and_a_degrade
     seen = set()
     for step in range(8):
         degraded, target, boxes = dfdnet.Batches(faces, indices, TINY)[step]
-        for low, image, box in zip(degraded, target, boxes):
-            number, = (i for i, face in enumerate(pictures) if torch.equal(face.image, image))
+        for low, image, box in zip(degraded, target, boxes, strict=True):
+            (number,) = (i for i, face in enumerate(pictures) if torch.equal(face.image, image))
             seen.add(number)
             torch.testing.assert_close(box, common.component_boxes(pictures[number].landmarks[None], 64)[0])
             assert 1e-3 < (low - image).abs().mean() < 0.6
@@ -583,14 +689,28 @@ def test_batches_hold_only_the_faces_they_may_with_their_own_boxes_and_a_degrade
 
 # Training: Eq. (10), the schedule, learning
 
+
 def arguments(folder, out, **changes):
-    return SimpleNamespace(**{"data": str(folder), "out": str(out), "device": "cpu", "landmarks": None, "vggface": None,
-                              "aligned": False, "resume": False, "checkpoint": out / "checkpoint.pt", "workers": 0,
-                              "preset": None} | changes)
+    return SimpleNamespace(
+        **{
+            "data": str(folder),
+            "out": str(out),
+            "device": "cpu",
+            "landmarks": None,
+            "vggface": None,
+            "aligned": False,
+            "resume": False,
+            "checkpoint": out / "checkpoint.pt",
+            "workers": 0,
+            "preset": None,
+        }
+        | changes
+    )
 
 
 class WatchedAdam(torch.optim.Adam):
     """Keeps what every step sees: its own gradients, and whether the other optimiser's parameters have any."""
+
     made = []
 
     def __init__(self, parameters, *args, **kwargs):
@@ -599,33 +719,51 @@ class WatchedAdam(torch.optim.Adam):
         self.made.append(self)
 
     def step(self, closure=None):
-        gradients = [[p.grad if p.grad is None else p.grad.clone() for p in adam.param_groups[0]["params"]]
-                     for adam in self.made]
+        gradients = [
+            [p.grad if p.grad is None else p.grad.clone() for p in adam.param_groups[0]["params"]]
+            for adam in self.made
+        ]
         self.seen.append((gradients, [p.detach().clone() for p in self.param_groups[0]["params"]]))
         return super().step(closure)
 
 
 @pytest.fixture(scope="module")
 def watched(face_folder, tmp_path_factory):
-    """A step of train() with the paper's loss weights: modules as they were before it, and all gradients."""
+    """Two steps of train() in float32: modules as they were before, and all gradients. The adversarial weights are 20
+    times the paper's, so that no term is small."""
     out, copies, patch = tmp_path_factory.mktemp("watched"), {}, pytest.MonkeyPatch()
-    cfg = replace(TINY, steps=2, validate_every=2, spectral=True, residual=False, learning_rate=2e-4,
-                  weight_adversarial=dfdnet.PAPER.weight_adversarial, betas=dfdnet.PAPER.betas)
+    cfg = replace(
+        TINY,
+        steps=2,
+        validate_every=2,
+        spectral=True,
+        residual=False,
+        learning_rate=2e-4,
+        weight_adversarial=(80, 40, 20, 20),
+        betas=dfdnet.PAPER.betas,
+        batch=8,
+    )
 
     class Net(dfdnet.DFDNet):
         def forward(self, degraded, boxes):
             if "net" not in copies:
-                copies.update(net=copy.deepcopy(self), discriminators=copy.deepcopy(copies["live"]),
-                              batch=(degraded, boxes), trained=self)
+                copies.update(
+                    net=copy.deepcopy(self),
+                    discriminators=copy.deepcopy(copies["live"]),
+                    batch=(degraded, boxes),
+                    trained=self,
+                )
             return super().forward(degraded, boxes)
 
     class Nets(dfdnet.Discriminators):
         def __init__(self, *args):
             super().__init__(*args)
             copies["live"] = self
+
     WatchedAdam.made = []
     patch.setattr(torch.optim, "Adam", WatchedAdam)
     patch.setattr(dfdnet, "DFDNet", Net)
+    patch.setattr(common, "precision", lambda kind: torch.float32)
     patch.setattr(dfdnet, "Discriminators", Nets)
     dfdnet.train(cfg, arguments(face_folder, out))
     patch.undo()
@@ -636,18 +774,26 @@ def test_the_generator_step_reaches_all_of_the_generator_and_nothing_else(watche
     generator, discriminators = watched.adams
     own, others = generator.seen[0][0]
     names = [name for name, _ in watched.trained.named_parameters()]
-    assert [name for name, g in zip(names, own, strict=True) if g is None or not g.any()] == []
+    missed = [name for name, g in zip(names, own, strict=True) if g is None or not g.any()]
+    # At 64 pixels a nose may lie between the pixel centres of scale 4: nothing of it is pasted then.
+    assert [name for name in missed if not name.startswith("blocks.scale4.confidence.2.")] == []
     assert all(g is None for g in others)
     assert all(p.grad is None for p in watched.trained.encoder.parameters())
-    assert {id(p) for p in generator.param_groups[0]["params"]} == {id(p) for p in watched.trained.parameters()}
-    assert {id(p) for p in discriminators.param_groups[0]["params"]} == {id(p) for p in watched.live.parameters()}
+    assert {id(p) for p in generator.param_groups[0]["params"]} == {
+        id(p) for p in watched.trained.parameters()
+    }
+    assert {id(p) for p in discriminators.param_groups[0]["params"]} == {
+        id(p) for p in watched.live.parameters()
+    }
 
 
 def test_the_discriminator_step_reaches_all_discriminators_and_not_the_generator(watched):
     generator, discriminators = watched.adams
     before, after = generator.seen[0][0][0], discriminators.seen[0][0][0]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))     # what its own step left there
-    reached = [g.abs().sum() for g in discriminators.seen[0][0][1] if g.ndim > 1]  # the last bias meets +1 and −1
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))  # what its own step left there
+    reached = [
+        g.abs().sum() for g in discriminators.seen[0][0][1] if g.ndim > 1
+    ]  # the last bias meets +1 and −1
     assert len(reached) >= 12 and all(reached)
 
 
@@ -659,34 +805,40 @@ def test_the_first_step_follows_the_gradient_of_equation_10(watched):
     low, target, _ = dfdnet.Batches(faces, common.split_identities(faces)[0], cfg)[0]
     torch.testing.assert_close(low, degraded.contiguous())
 
-    def close(gradients, expected):
+    def gap(gradients, expected):
         a, b = (torch.cat([g.flatten().double() for g in many]) for many in (gradients, expected))
         return ((a - b).norm() / b.norm()).item()
-    with common.autocast("cpu"):
-        restored = net(degraded, boxes)
-        perceptual = sum(weight * (a.float() - b.float()).square().mean() for weight, a, b in zip(
-            (0.5, 1, 2, 4), net.encoder.features(restored), net.encoder.features(target)))
-        adversarial = -sum(weight * d.float().mean() for weight, d in zip((4, 2, 1, 1), judges(restored)))
-        terms = [100 * (restored - target).square().mean(), perceptual, adversarial]
+
+    restored = net(degraded, boxes)
+    perceptual = sum(
+        weight * (a - b).square().mean()
+        for weight, a, b in zip(
+            (0.5, 1, 2, 4), net.encoder.features(restored), net.encoder.features(target), strict=True
+        )
+    )
+    adversarial = -sum(
+        weight * score.mean() for weight, score in zip((80, 40, 20, 20), judges(restored), strict=True)
+    )
+    terms = [100 * (restored - target).square().mean(), perceptual, adversarial]
     gradients = [torch.autograd.grad(term, list(net.parameters()), retain_graph=True) for term in terms]
-    total = [sum(many) for many in zip(*gradients)]
-    tolerance = 0.03                                               # bfloat16 sums in another order
-    print('got', close(watched.adams[0].seen[0][0][0], total)); assert close(watched.adams[0].seen[0][0][0], total) < tolerance
-    for term in gradients:                                         # and a term that were missing would be noticed
-        print(close(term, total)); assert close([a - b for a, b in zip(total, term)], total) > 2 * tolerance
-    with common.autocast("cpu"):
-        score = judges(torch.cat([target, restored.detach()]))
-        hinge = -sum((s[:2].float() - 1).clamp(max=0).mean() + (-1 - s[2:].float()).clamp(max=0).mean() for s in score)
+    total = [sum(many) for many in zip(*gradients, strict=True)]
+    assert gap(watched.adams[0].seen[0][0][0], total) < 0.003
+    for term in gradients:  # a missing term would be noticed
+        assert gap([a - b for a, b in zip(total, term, strict=True)], total) > 0.02
+    hinge = -sum(
+        (score[:8] - 1).clamp(max=0).mean() + (-1 - score[8:]).clamp(max=0).mean()
+        for score in judges(torch.cat([target, restored.detach()]))
+    )
     expected = torch.autograd.grad(hinge, list(judges.parameters()))
-    assert close(watched.adams[1].seen[0][0][1], expected) < tolerance
+    assert gap(watched.adams[1].seen[0][0][1], expected) < 0.003
 
 
 def test_adam_runs_with_the_rates_and_betas_of_the_config(watched):
     for adam in watched.adams:
         assert (adam.defaults["lr"], adam.defaults["betas"]) == (2e-4, (0.5, 0.999))
         assert not adam.defaults["weight_decay"]
-        moved = [(b - a).abs().max() for a, b in zip(adam.seen[0][1], adam.seen[1][1])]
-        assert max(moved).item() == pytest.approx(2e-4, rel=0.05)                 # a first step of Adam is ± the rate
+        moved = [(b - a).abs().max() for a, b in zip(adam.seen[0][1], adam.seen[1][1], strict=True)]
+        assert max(moved).item() == pytest.approx(2e-4, rel=0.05)  # a first step of Adam is ± the rate
 
 
 def test_load_network_folds_spectral_norm_and_changes_no_output(watched):
@@ -695,7 +847,9 @@ def test_load_network_folds_spectral_norm_and_changes_no_output(watched):
     assert not any(parametrize.is_parametrized(module) for module in net.modules())
     degraded, boxes = watched.batch
     with torch.no_grad():
-        torch.testing.assert_close(net(degraded, boxes), watched.trained.eval()(degraded, boxes), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            net(degraded, boxes), watched.trained.eval()(degraded, boxes), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_load_network_refuses_another_preset(watched):
@@ -707,23 +861,26 @@ def test_the_rate_halves_when_the_validation_loss_stops_falling(face_folder, tmp
     losses = iter([5.0, 4.0] + [4.0] * 6)
     monkeypatch.setattr(dfdnet, "validate", lambda *_: (next(losses), 20.0))
     monkeypatch.setattr(dfdnet, "finish", lambda *_: None)
-    monkeypatch.setattr(dfdnet, "kmeans", lambda points, k, _: (points[:k].float(), torch.zeros(len(points)).long(),
-                                                                torch.zeros(len(points))))
     WatchedAdam.made = []
     monkeypatch.setattr(torch.optim, "Adam", WatchedAdam)
     cfg = replace(TINY, steps=8, validate_every=1, patience=2, batch=1)
     dfdnet.train(cfg, arguments(face_folder, tmp_path))
-    rates = [row["rate"] / cfg.learning_rate for row in common.load_weights(tmp_path / "checkpoint.pt")["rows"]]
+    rates = [
+        row["rate"] / cfg.learning_rate for row in common.load_weights(tmp_path / "checkpoint.pt")["rows"]
+    ]
     assert rates == [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.25]
     assert [adam.param_groups[0]["lr"] for adam in WatchedAdam.made] == [cfg.learning_rate / 4] * 2
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(face_folder, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
+    face_folder, tmp_path, monkeypatch
+):
     real, calls = dfdnet.pixel_loss, []
 
     def spoiled(restored, target):
         calls.append(1)
         return real(restored, target) * (math.nan if torch.is_grad_enabled() and len(calls) > 3 else 1)
+
     monkeypatch.setattr(dfdnet, "pixel_loss", spoiled)
     monkeypatch.setattr(dfdnet, "finish", lambda *_: None)
     cfg = replace(TINY, steps=12, validate_every=1)
@@ -733,10 +890,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(f
     assert all(value.isfinite().all() for value in state["net"].values() if value.is_floating_point())
 
 
-def test_a_short_training_improves_held_out_faces(face_folder, tmp_path):
-    cfg = replace(dfdnet.TINY, size=64, entries=16, batch=4, steps=150, validate_every=75)
+def test_a_short_training_improves_held_out_faces(face_folder, tmp_path, monkeypatch):
+    """Seven people of 24 are held out, for an interval narrower than that of the usual two."""
+
+    def split(faces, seed=0):
+        return [
+            [i for i, who in enumerate(faces.identity.tolist()) if who in people]
+            for people in (range(16), range(16, 17), range(17, 24))
+        ]
+
+    monkeypatch.setattr(common, "split_identities", split)
+    cfg = replace(
+        dfdnet.TINY,
+        size=64,
+        entries=16,
+        batch=8,
+        steps=110,
+        validate_every=55,
+        learning_rate=5e-4,
+        discriminator_width=8,
+    )
     dfdnet.train(cfg, arguments(face_folder, tmp_path))
-    result = json.loads((tmp_path / "result.json").read_text())
-    task = result["test"]["x4"]
+    task = json.loads((tmp_path / "result.json").read_text())["test"]["x4"]
+    assert task["faces"] == 35
     assert task["paired_psnr_gain"]["ci95"][0] > 0
     assert task["restored"]["psnr"] > task["input"]["psnr"]
