@@ -322,6 +322,8 @@ def read_landmarks(path, size=None, several=False):
     if not points.isfinite().all():
         raise InputError(f"{path}: a landmark is not a finite number; correct the file")
     faces = points.view(-1, 68, 2)
+    if (five_points(faces).var(1).sum(1) < 1).any():
+        raise InputError(f"{path}: all landmarks lie in one place; correct the file")
     if size is not None:
         middle, far = faces[:, 17:].mean(1), torch.tensor([size[1], size[0]])
         if ((middle < 0) | (middle > far - 1)).any() or ((faces < -far) | (faces > 2 * far)).any():
@@ -1361,23 +1363,25 @@ class FID:
 class Recogniser(nn.Module):
     """A small VGG-style face recognition network: four stages of two convolutions, then an embedding.
 
-    forward: (B,3,H,W) in [-1,1] → unit vectors (B,128). features: → the four stages' maps, of H, H/2, H/4 and H/8 and
+    forward: (B,3,H,W) in [-1,1] → unit vectors (B,128). features: → the four stages' maps, of H/2, H/4, H/8 and H/16 and
     `widths` channels, after ReLU. It takes the places that VGG-Face and ArcFace have in the papers.
     """
-    def __init__(self, widths=(16, 32, 64, 96), input_size=64):
+
+    def __init__(self, widths=(32, 48, 64, 96), input_size=64):
         super().__init__()
         self.widths, self.input_size, self.accuracy = tuple(widths), input_size, None
         self.stages = nn.ModuleList()
         for before, width in zip((3, *widths), widths):
             self.stages.append(nn.Sequential(
-                nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+                nn.Conv2d(before, width, 3, stride=2 if before == 3 else 1, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
                 nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()))
-        self.embed = nn.Sequential(nn.Dropout(0.2), nn.Linear(widths[-1] * (input_size // 16) ** 2, 128), nn.BatchNorm1d(128))
+        self.embed = nn.Sequential(nn.Dropout(0.2), nn.Linear(widths[-1] * (input_size // 16) ** 2, 128),
+                                   nn.BatchNorm1d(128))
 
     def features(self, x):
         maps = []
         for stage in self.stages:
-            x = stage(x if not maps else F.max_pool2d(x, 2))
+            x = stage(F.max_pool2d(x, 2) if maps else x)
             maps.append(x)
         return maps
 
@@ -1390,7 +1394,7 @@ class Recogniser(nn.Module):
 
     def embedded(self, x):
         """The embedding before it is scaled to length 1."""
-        return self.embed(F.max_pool2d(self.features(x)[-1], 2).flatten(1)).float()
+        return self.embed(self.features(x)[-1].flatten(1)).float()
 
     def folded(self):
         """The same function in evaluation mode with every BatchNorm multiplied into its convolution; frozen."""
@@ -1428,10 +1432,10 @@ def verification_accuracy(embeddings, identity, seed=0):
     return right / count
 
 
-RECOGNISERS = {"loss": dict(widths=(16, 32, 64, 96), seed=0), "metric": dict(widths=(16, 32, 48, 112), seed=1)}
+RECOGNISERS = {"loss": dict(widths=(32, 48, 64, 96), seed=0), "metric": dict(widths=(32, 48, 80, 112), seed=1)}
 
 
-def recogniser(faces, purpose="loss", epochs=20, batch=64, quiet=False):
+def recogniser(faces, purpose="loss", epochs=24, batch=64, quiet=False):
     """Train (or take from the cache) a face recognition network on the training identities of `faces`; frozen.
 
     purpose "loss" serves losses and encoders; "metric", another seed and other widths, serves `identity_distance`, so that
@@ -1444,7 +1448,7 @@ def recogniser(faces, purpose="loss", epochs=20, batch=64, quiet=False):
         faces = RenderedFaces()
     widths, seed = RECOGNISERS[purpose]["widths"], RECOGNISERS[purpose]["seed"]
     net = Recogniser(widths)
-    path = CACHE / f"recogniser-1-{'-'.join(map(str, widths))}-{epochs}x{batch}-{faces.fingerprint}.pt"
+    path = CACHE / f"recogniser-2-{'-'.join(map(str, widths))}-{epochs}x{batch}-{faces.fingerprint}.pt"
     if path.is_file():
         with contextlib.suppress(InputError):                       # a damaged cache is trained anew
             state = load_weights(path)

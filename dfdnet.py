@@ -61,21 +61,22 @@ class Config:
     dft_scales: tuple = (1, 2, 3, 4)         # s, where DFT blocks enrich the features; 1 is the finest
     cadain: bool = True                      # Eq. (3)
     confidence: bool = True                  # Eq. (5)
-    width: int = 16                          # channels of the last decoder stage
-    spectral: bool = False                   # spectral norm in the generator: too slow a start for a training of minutes
+    width: int = 16                          # channels at full size, after the last decoder stage
+    paint_blocks: int = 0                    # residual blocks there; 2 in the released network
     residual: bool = True                    # the output is added to I^d: a short training need not learn to copy
     released: bool = False                   # the network of the published weights, see the last chapter
 
     weight_pixel: float = 100.0              # λ_l2
-    weight_perceptual: tuple = (0.5, 1.0, 2.0, 4.0)      # λ_p,1 … λ_p,4
+    weight_perceptual: tuple = (0.05, 0.1, 0.2, 0.4)     # λ_p,1 … λ_p,4; a tenth of the paper's, the encoder is another
     weight_adversarial: tuple = (0.04, 0.02, 0.01, 0.01)  # λ_a,r for r = 1, 2, 4, 8; a hundredth of the paper's
     discriminator_width: int = 16
-    learning_rate: float = 1e-3              # 5 times the paper's: the network is small
+    learning_rate: float = 3e-3              # 15 times the paper's: the network is small
     betas: tuple = (0.5, 0.999)              # β1, β2 of Adam
-    patience: int = 2                        # validations without a better reconstruction before the rate is halved
-    steps: int = 500
-    batch: int = 8                           # images a process and step
-    validate_every: int = 100                # steps; also when a checkpoint is written
+    clip: float = 1.0                        # longest gradient; the paper clips none
+    patience: int = 1                        # validations without a better reconstruction before the rate is halved
+    steps: int = 650
+    batch: int = 4                           # images a process and step
+    validate_every: int = 50                 # steps; also when a checkpoint is written
     degradation: str = "dfdnet"              # Eq. (11)
 
     @property
@@ -88,9 +89,9 @@ class Config:
 
 
 TINY = Config()
-PAPER = replace(TINY, preset="paper", size=256, encoder="vgg", entries=256, dictionary_images=10_000, width=64, spectral=True,
-                residual=False, weight_adversarial=(4.0, 2.0, 1.0, 1.0), discriminator_width=64, learning_rate=2e-4,
-                steps=400_000, validate_every=5_000)     # the paper gives 4 days on 4 V100s, not steps or batch
+PAPER = replace(TINY, preset="paper", size=256, encoder="vgg", entries=256, dictionary_images=10_000, width=64, paint_blocks=2,
+                residual=False, weight_perceptual=(0.5, 1.0, 2.0, 4.0), weight_adversarial=(4.0, 2.0, 1.0, 1.0), discriminator_width=64, learning_rate=2e-4, clip=math.inf,
+                steps=400_000, batch=8, validate_every=5_000)     # the paper gives 4 days on 4 V100s, not steps or batch
 RELEASED = replace(PAPER, preset="released", size=512, released=True, entries=512, batch=2)
 PRESETS = {"tiny": TINY, "paper": PAPER, "released": RELEASED}
 VARIANTS = {                                 # Tables 2 and 3 of the paper
@@ -166,25 +167,22 @@ def match_features(part, normalised, cadain=True):
     return (query.flatten(1) @ normalised.flatten(1).T).argmax(1)
 
 
-def convolution(before, after, spectral, dilation=1):
-    """3×3, zero padding that keeps the size; under spectral norm on demand."""
-    layer = nn.Conv2d(before, after, 3, padding=dilation, dilation=dilation)
-    return spectral_norm(layer) if spectral else layer
+def convolution(before, after, dilation=1):
+    """3×3 under spectral norm, with zero padding that keeps the size: all layers of the released network but the last."""
+    return spectral_norm(nn.Conv2d(before, after, 3, padding=dilation, dilation=dilation))
 
 
-def pair(before, after, spectral, dilation=1):
+def pair(before, after, dilation=1):
     """Two convolutions with a LeakyReLU between: the block that scores confidence, scales, shifts and dilates."""
-    return nn.Sequential(convolution(before, after, spectral, dilation), nn.LeakyReLU(0.2),
-                         convolution(after, after, spectral, dilation))
+    return nn.Sequential(convolution(before, after, dilation), nn.LeakyReLU(0.2), convolution(after, after, dilation))
 
 
 class ConfidenceScore(nn.Module):
     """Eq. (5): F̂ = F^d + RDic* · F_Conf(RDic* − F^d). The less the input lacks, the less is added. (B,C,h,w) each."""
-    def __init__(self, channels, spectral):
+
+    def __init__(self, channels):
         super().__init__()
-        self.score = pair(channels, channels, spectral)
-        if not spectral:                             # start without the dictionary, and let training call for it
-            nn.init.zeros_(self.score[-1].weight)
+        self.score = pair(channels, channels)
 
     def forward(self, part, matched):
         return part + matched * self.score(matched - part)
@@ -197,7 +195,7 @@ class DFTBlock(nn.Module):
         self.sizes, self.stride, self.cadain = sizes, stride, cfg.cadain
         for name, size in zip(PARTS, sizes):         # kept beside the checkpoint, in dictionary.pt: gigabytes at full size
             self.register_buffer(name, torch.zeros(cfg.entries, channels, size, size), persistent=False)
-        self.confidence = nn.ModuleList(ConfidenceScore(channels, cfg.spectral) for _ in PARTS) if cfg.confidence else None
+        self.confidence = nn.ModuleList(ConfidenceScore(channels) for _ in PARTS) if cfg.confidence else None
 
     def set_dictionary(self, dictionary):
         """Take over Dic of this scale, {part: (K,C,h,w)}; pre-normalised where CAdaIN is in use."""
@@ -217,11 +215,12 @@ class DFTBlock(nn.Module):
 
 
 class MSDilate(nn.Module):
-    """Context for the decoder's start: four pairs of convolutions with dilations 4, 3, 2, 1, fused, added to the input."""
-    def __init__(self, channels, spectral):
+    """Context for the decoder's start: four pairs of convolutions, dilations 4, 3, 2, 1, fused and added to the input."""
+
+    def __init__(self, channels):
         super().__init__()
-        self.branches = nn.ModuleList(pair(channels, channels, spectral, dilation) for dilation in (4, 3, 2, 1))
-        self.fuse = convolution(4 * channels, channels, spectral)
+        self.branches = nn.ModuleList(pair(channels, channels, dilation) for dilation in (4, 3, 2, 1))
+        self.fuse = convolution(4 * channels, channels)
 
     def forward(self, x):
         return x + self.fuse(torch.cat([branch(x) for branch in self.branches], 1))
@@ -230,30 +229,27 @@ class MSDilate(nn.Module):
 class SFTStage(nn.Module):
     """A decoder stage with Eq. (6): SFT = α ⊙ F^decoder + β, α and β from the enriched features F̂_s by two convolutions.
 
-    x, skip (B,before,h,w) → (B,after,h,w), enlarged twice where `up`.
+    x, skip (B,before,h,w) → (B,after,2h,2w).
     """
-    def __init__(self, before, after, up, spectral):
+
+    def __init__(self, before, after):
         super().__init__()
-        self.up = up
-        self.reduce = convolution(before, after, spectral)
-        self.scale, self.shift = pair(before, after, spectral), pair(before, after, spectral)
-        self.widen = convolution(after, after, spectral)
-        if not spectral:                             # start at α = 1: products of four random α explode at TINY's rate
-            nn.init.zeros_(self.scale[-1].weight)
-            nn.init.ones_(self.scale[-1].bias)
+        self.reduce, self.widen = convolution(before, after), convolution(after, after)
+        self.scale, self.shift = pair(before, after), pair(before, after)
 
     def forward(self, x, skip):
         x = F.leaky_relu(self.reduce(x), 0.2)
         x = self.scale(skip) * x + self.shift(skip)
-        x = F.interpolate(x, scale_factor=2, mode="bilinear") if self.up else x
-        return F.leaky_relu(self.widen(x), 0.2)
+        return F.leaky_relu(self.widen(F.interpolate(x, scale_factor=2, mode="bilinear")), 0.2)
 
 
 class ResidualBlock(nn.Module):
     """x + two convolutions, without spectral norm."""
+
     def __init__(self, channels):
         super().__init__()
-        self.body = pair(channels, channels, spectral=False)
+        self.body = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.LeakyReLU(0.2),
+                                  nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, x):
         return x + self.body(x)
@@ -268,17 +264,16 @@ class DFDNet(nn.Module):
     def __init__(self, cfg, encoder):
         super().__init__()
         self.cfg, self._encoder = cfg, [encoder]
-        self.first_stride = 1 if cfg.encoder == "recogniser" else 2
         widths = encoder.widths                                                  # C of scales 1 … 4
         block, stage = (ReleasedDFTBlock, ReleasedSFTStage) if cfg.released else (DFTBlock, SFTStage)
         self.blocks = nn.ModuleDict({f"scale{s}": block(
-            widths[s - 1], cfg.part_sizes[s - 1], self.first_stride * 2 ** (s - 1), cfg) for s in cfg.dft_scales})
-        self.context = MSDilate(widths[3], cfg.spectral)
+            widths[s - 1], cfg.part_sizes[s - 1], 2**s, cfg) for s in cfg.dft_scales})
+        self.context = MSDilate(widths[3])
         outputs = (widths[2], widths[1], widths[0], cfg.width)
-        self.stages = nn.ModuleList(stage(before, after, up, cfg.spectral) for before, after, up in zip(
-            reversed(widths), outputs, (True, True, True, self.first_stride == 2)))
-        self.paint = nn.Sequential(convolution(cfg.width, cfg.width, cfg.spectral), nn.LeakyReLU(0.2), ResidualBlock(cfg.width),
-                                   ResidualBlock(cfg.width), nn.Conv2d(cfg.width, 3, 3, padding=1))
+        self.stages = nn.ModuleList(stage(before, after) for before, after in zip(reversed(widths), outputs))
+        self.paint = nn.Sequential(convolution(cfg.width, cfg.width), nn.LeakyReLU(0.2),
+                                   *[ResidualBlock(cfg.width) for _ in range(cfg.paint_blocks)],
+                                   nn.Conv2d(cfg.width, 3, 3, padding=1))
         if cfg.residual:
             nn.init.zeros_(self.paint[-1].weight)
 
@@ -419,13 +414,13 @@ def build_dictionary(cfg, encoder, faces, indices, device, quiet=False):
     indices = common.spread(indices, cfg.dictionary_images)
     dictionary, members, progress = {}, {}, common.Progress("dictionaries", 4 * len(indices), quiet=quiet)
     for scale, sizes in enumerate(cfg.part_sizes, 1):
-        stride, features = (1 if cfg.encoder == "recogniser" else 2) * 2 ** (scale - 1), {name: [] for name in PARTS}
+        features = {name: [] for name in PARTS}
         for start in range(0, len(indices), 16):
             images, landmarks = common.stack_faces(faces, indices[start:start + 16])
             boxes = common.component_boxes(landmarks, cfg.size).to(device)
             with common.autocast(device):
                 maps = encoder.features(images.to(device, memory_format=torch.channels_last))
-            for name, part in zip(PARTS, crop_components(maps[scale - 1], boxes, stride, sizes)):
+            for name, part in zip(PARTS, crop_components(maps[scale - 1], boxes, 2**scale, sizes)):
                 features[name].append(part.flatten(1).half())
             progress.update((scale - 1) * len(indices) + start)
         dictionary[f"scale{scale}"] = {}
@@ -436,10 +431,10 @@ def build_dictionary(cfg, encoder, faces, indices, device, quiet=False):
             members[name] = cluster, distance
     megabytes = sum(part.numel() * 2 for scale in dictionary.values() for part in scale.values()) / 2**20
     progress.close(f"{cfg.entries} entries a component and scale, {megabytes:.0f} MB")
-    columns = {}
+    columns, count = {}, min(6, *(len(cluster.unique()) for cluster, _ in members.values()))
     for number, (name, (cluster, distance)) in enumerate(members.items()):            # scale 4 groups by meaning best
         rows = []
-        for largest in torch.bincount(cluster).topk(min(6, cfg.entries)).indices:
+        for largest in torch.bincount(cluster).topk(count).indices:
             nearest = [i for i in distance.argsort().tolist() if cluster[i] == largest][:5]
             images, landmarks = common.stack_faces(faces, [indices[i] for i in (nearest * 5)[:5]])
             boxes = common.component_boxes(landmarks, cfg.size)
@@ -521,6 +516,7 @@ def train(cfg, args):
                           "adversarial": adversarial_loss(discriminators(restored), cfg.weight_adversarial)}
             optimizer.zero_grad(set_to_none=True)
             sum(losses.values()).backward()                                     # Eq. (10)
+            nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
             optimizer.step()
             discriminators.requires_grad_(True)
             with common.autocast(device):                                       # discriminators
@@ -538,7 +534,7 @@ def train(cfg, args):
                 rows.append({"step": step, **values})
                 progress.update(step, "  ".join(f"{name} {value:.3f}" for name, value in values.items()))
             if last:
-                reconstruction, quality = validate(net, faces, common.spread(validation, 48), cfg, device)
+                reconstruction, quality = validate(net, faces, common.spread(validation, 32), cfg, device)
                 if not math.isfinite(reconstruction):
                     raise InputError(f"step {step}: the validation loss is not finite; the last good state is in {args.checkpoint}")
                 schedule.step(reconstruction)
@@ -759,8 +755,8 @@ class ReleasedDFTBlock(DFTBlock):
 class ReleasedSFTStage(SFTStage):
     """SFTStage with a blur and a second LeakyReLU around its first convolution and a sigmoid on β."""
 
-    def __init__(self, before, after, up, spectral):
-        super().__init__(before, after, up, spectral)
+    def __init__(self, before, after):
+        super().__init__(before, after)
         line = torch.tensor([1.0, 2.0, 1.0]) / 4
         self.register_buffer("blur", (line[:, None] * line).expand(before, 1, 3, 3).clone())
 

@@ -466,7 +466,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-# Bad input: each case is a function of the prepared folder that returns the arguments and words of the message
+# Bad input: each case is a function of the prepared folder: the arguments and words of the message
 
 
 def image(size=(64, 64)):

@@ -1546,3 +1546,12 @@ def test_restore_files_refuses_what_is_not_there(tmp_path):
     (tmp_path / "a.jpg").write_text("text")
     with pytest.raises(InputError, match="a.jpg: not a readable picture"):
         common.restore_files(tmp_path / "a.jpg", tmp_path / "out", 64, keep, aligned=True)
+
+
+def test_mean_landmarks_lie_on_the_template_and_grow_with_the_crop():
+    points = common.five_points(common.mean_landmarks(512))
+    assert (points - common.FFHQ_TEMPLATE).norm(dim=1).max() < 12
+    assert torch.allclose((common.mean_landmarks(128) + 0.5) * 4, common.mean_landmarks(512) + 0.5)
+    boxes = common.component_boxes(common.mean_landmarks(512)[None], 512)[0]
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    assert centres[0, 0] < centres[2, 0] < centres[1, 0] and centres[3, 1] > centres[2, 1] > centres[0, 1]

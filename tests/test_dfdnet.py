@@ -1,4 +1,4 @@
-"""DFDNet: every equation against an independent form, what each loss reaches, learning on held-out people."""
+"""DFDNet: every equation against an independent form, what each loss reaches, learning on people held out."""
 
 import copy
 import json
@@ -98,7 +98,7 @@ def test_paper_preset_has_the_papers_numbers():
     assert paper.weight_adversarial == (4, 2, 1, 1)
     assert paper.learning_rate == 2e-4 and paper.betas == (0.5, 0.999)
     assert paper.cadain and paper.confidence and tuple(paper.dft_scales) == (1, 2, 3, 4)
-    assert paper.spectral and not paper.residual and not paper.released
+    assert not paper.residual and not paper.released
     assert paper.degradation == "dfdnet" and paper.encoder == "vgg"
 
 
@@ -395,7 +395,7 @@ def literal_match(part, entries, cadain):
 
 
 def styled_data(samples=24, entries=40):
-    """Parts and entries whose channels differ in mean and deviation, so that a slip in either picks others."""
+    """Parts and entries whose channels differ in mean and deviation: a slip in either picks others."""
     generator = torch.Generator().manual_seed(11)
 
     def draw(count):
@@ -446,11 +446,8 @@ def test_a_flat_entry_or_input_gives_no_nan():
 # Eq. (5), the DFT block and Eq. (6)
 
 
-@pytest.mark.parametrize("spectral", [False, True])
-def test_confidence_score_is_equation_5(spectral):
-    block = dfdnet.ConfidenceScore(5, spectral).eval()
-    if not spectral:
-        randomised(block, 0.5)
+def test_confidence_score_is_equation_5():
+    block = dfdnet.ConfidenceScore(5).eval()
     part, matched = torch.randn(2, 2, 5, 6, 6, generator=torch.Generator().manual_seed(1))
     seen = []
     block.score.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
@@ -517,12 +514,8 @@ def test_dft_block_leaves_features_outside_the_boxes_exactly_alone():
     assert torch.equal(changed, inside)
 
 
-@pytest.mark.parametrize("up", [False, True])
-@pytest.mark.parametrize("spectral", [False, True])
-def test_sft_stage_scales_and_shifts_as_equation_6(up, spectral):
-    stage = dfdnet.SFTStage(6, 4, up, spectral).eval()
-    if not spectral:
-        randomised(stage, 0.4)
+def test_sft_stage_scales_and_shifts_as_equation_6():
+    stage = dfdnet.SFTStage(6, 4).eval()
     seen = {}
     for name in ("reduce", "scale", "shift", "widen"):
         hook = lambda module, inputs, output, name=name: seen.update({name: (inputs[0], output)})  # noqa: E731
@@ -534,9 +527,8 @@ def test_sft_stage_scales_and_shifts_as_equation_6(up, spectral):
     decoder, alpha, beta = F.leaky_relu(seen["reduce"][1], 0.2), seen["scale"][1], seen["shift"][1]
     assert decoder.shape == alpha.shape == beta.shape == (2, 4, 8, 8)
     modulated = alpha * decoder + beta
-    if up:
-        assert result.shape == (2, 4, 16, 16)
-        modulated = F.interpolate(modulated, scale_factor=2, mode="bilinear")
+    assert result.shape == (2, 4, 16, 16)
+    modulated = F.interpolate(modulated, scale_factor=2, mode="bilinear")
     torch.testing.assert_close(seen["widen"][0], modulated)
     torch.testing.assert_close(result, F.leaky_relu(seen["widen"][1], 0.2))
 
@@ -709,7 +701,7 @@ def arguments(folder, out, **changes):
 
 
 class WatchedAdam(torch.optim.Adam):
-    """Keeps what every step sees: its own gradients, and whether the other optimiser's parameters have any."""
+    """Keeps what every step sees: its gradients, and whether the other optimiser's parameters have any."""
 
     made = []
 
@@ -729,14 +721,14 @@ class WatchedAdam(torch.optim.Adam):
 
 @pytest.fixture(scope="module")
 def watched(face_folder, tmp_path_factory):
-    """Two steps of train() in float32: modules as they were before, and all gradients. The adversarial weights are 20
-    times the paper's, so that no term is small."""
+    """Two steps of train() in float32: modules as they were before, and all gradients.
+
+    The adversarial weights are 20 times the paper's, so that no term is small."""
     out, copies, patch = tmp_path_factory.mktemp("watched"), {}, pytest.MonkeyPatch()
     cfg = replace(
         TINY,
         steps=2,
         validate_every=2,
-        spectral=True,
         residual=False,
         learning_rate=2e-4,
         weight_adversarial=(80, 40, 20, 20),
@@ -915,3 +907,89 @@ def test_a_short_training_improves_held_out_faces(face_folder, tmp_path, monkeyp
     assert task["faces"] == 35
     assert task["paired_psnr_gain"]["ci95"][0] > 0
     assert task["restored"]["psnr"] > task["input"]["psnr"]
+
+
+# The released network
+
+
+def official_names():
+    """The names in the official checkpoint, from its published structure: 386 of them."""
+    spectral = ("bias", "weight_orig", "weight_u", "weight_v")
+    names = [f"{part}_{width}.{i}.{kind}" for part in ("le", "re", "no", "mo") for width in (256, 128, 64, 32)
+             for i in (0, 2) for kind in spectral]
+    numbers = (0, 2, 5, 7), (10, 12, 14, 16), (19, 21, 23, 25), (28, 30, 32, 34)
+    names += ["VggExtract.RGB_mean", "VggExtract.RGB_std"]
+    names += [f"VggExtract.{path}.{n}.{kind}" for group, ns in enumerate(numbers) for n in ns
+              for path in ("model.features", f"features.{group}") for kind in ("weight", "bias")]
+    names += [f"VggExtract.model.classifier.{n}.{kind}" for n in (0, 3, 6) for kind in ("weight", "bias")]
+    dilated = [f"MSDilate.conv{branch}.{i}" for branch in (1, 2, 3, 4) for i in (0, 2)] + ["MSDilate.convi"]
+    stages = [f"up{n}.{layer}" for n in range(4) for layer in (
+        "conv1.1", "convup.1", "ScaleModel1.0", "ScaleModel1.2", "ShiftModel1.0", "ShiftModel1.2")]
+    to_rgb = [f"to_rgb{n}.{i}" for n in range(4) for i in (0, 2)]
+    names += [f"{layer}.{kind}" for layer in (*dilated, *stages, "up4.0", *to_rgb) for kind in spectral]
+    names += [f"up{n}.conv1.0.{kind}" for n in range(4) for kind in ("weight", "weight_flip")]
+    plain = [f"up4.{block}.Model.{i}" for block in (2, 3) for i in (0, 2)] + ["up4.4"]
+    return names + [f"{layer}.{kind}" for layer in plain for kind in ("weight", "bias")]
+
+
+def test_every_tensor_of_the_released_network_has_one_official_name():
+    with torch.device("meta"):
+        encoder = common.VGG(last_relu=False)
+        net = dfdnet.DFDNet(replace(dfdnet.RELEASED, entries=1), encoder)
+    assert len(official_names()) == len(set(official_names())) == 386
+    mapped = [target for name in official_names() if (target := dfdnet.released_name(name))]
+    expected = [("net", name) for name in net.state_dict()] + [("encoder", name) for name in encoder.state_dict()]
+    assert sorted(mapped) == sorted(expected)
+    parameters = sum(p.numel() for p in net.parameters())
+    assert 93.0e6 < parameters < 93.4e6          # 96.4 million, less the 3.2 million that are never used
+
+
+def test_the_released_block_renorms_every_entry_and_pastes_in_order():
+    sizes, generator = (3, 3, 2, 4), torch.Generator().manual_seed(5)
+    block = dfdnet.ReleasedDFTBlock(6, sizes, 2, replace(dfdnet.RELEASED, entries=5)).eval()
+    dictionary = {name: torch.randn(5, 6, size, size, generator=generator) + 3
+                  for name, size in zip(dfdnet.PARTS, sizes, strict=True)}
+    block.set_dictionary(dictionary)
+    features = torch.randn(2, 6, 16, 16, generator=generator)
+    boxes = torch.tensor([[[2, 3, 13.9, 12], [15, 4, 27, 15], [11, 9, 19, 18], [8, 18, 24, 31]],
+                          [[1, 1, 12, 13], [10, 2, 25, 15], [9, 8, 18, 18], [7, 17, 23, 30]]])
+    expected = features.clone()
+    with torch.no_grad():
+        for n in range(2):
+            for index, name in enumerate(dfdnet.PARTS):
+                x1, y1, x2, y2 = (int(v) // 2 for v in boxes[n, index].tolist())
+                part = features[n, :, y1:y2, x1:x2]
+                query = F.interpolate(part[None], (sizes[index],) * 2, mode="bilinear")[0]
+
+                def moments(x):
+                    return x.mean((1, 2), keepdim=True), (x.var((1, 2), keepdim=True) + 1e-5).sqrt()
+
+                styled = [(e - moments(e)[0]) / moments(e)[1] * moments(query)[1] + moments(query)[0]
+                          for e in dictionary[name]]
+                best = max(range(5), key=lambda k: (styled[k].double() * query.double()).sum())
+                matched = F.interpolate(styled[best][None], part.shape[1:], mode="nearest")[0]
+                score = block.confidence[index].score((matched - part)[None])[0]
+                expected[n, :, y1:y2, x1:x2] = part + matched * score
+        torch.testing.assert_close(block(features, boxes), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_released_stage_blurs_rectifies_twice_and_bounds_the_shift():
+    stage = dfdnet.ReleasedSFTStage(6, 4).eval()
+    x, skip = torch.randn(2, 2, 6, 8, 8, generator=torch.Generator().manual_seed(1))
+    kernel = torch.tensor([[1, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
+    padded = F.pad(x, (1, 1, 1, 1))
+    blurred = sum(kernel[i, j] * padded[..., i:i + 8, j:j + 8] for i in range(3) for j in range(3))
+    with torch.no_grad():
+        reduced = stage.reduce(blurred)
+        reduced = torch.where(reduced < 0, 0.04 * reduced, reduced)
+        modulated = stage.scale(skip) * reduced + torch.sigmoid(stage.shift(skip))
+        raised = F.interpolate(modulated, scale_factor=2, mode="bilinear")
+        torch.testing.assert_close(stage(x, skip), F.leaky_relu(stage.widen(raised), 0.2))
+
+
+def test_the_released_encoder_keeps_its_last_map_before_the_relu():
+    encoder = common.VGG((1, 1, 1, 1, 1), last_relu=False)
+    with torch.no_grad():
+        maps = encoder.features(torch.rand(1, 3, 32, 32) * 2 - 1)
+    assert [tuple(m.shape[1:]) for m in maps] == [(128, 16, 16), (256, 8, 8), (512, 4, 4), (512, 2, 2)]
+    assert all((m >= 0).all() for m in maps[:3]) and (maps[3] < 0).any()
