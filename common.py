@@ -1164,7 +1164,11 @@ class FaceFolder(torch.utils.data.Dataset):
 
     def _landmarks(self, file):
         """The landmarks (68,2) in the file's pixels, or None for an aligned crop without; reads only the file's head."""
-        path = find_landmarks(file, self.landmark_folder)
+        path, ends = find_landmarks(file, self.landmark_folder), {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"}
+        with open(file, "rb") as data:                 # a file that was cut off lacks its end: found without decoding
+            data.seek(max(data.seek(0, os.SEEK_END) - 4096, 0))
+            if ends.get(file.suffix.lower(), b"") not in data.read():
+                read_image(file)
         try:
             with warnings.catch_warnings(), Image.open(file) as picture:
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)

@@ -73,6 +73,7 @@ class Config:
     learning_rate: float = 3e-3              # 15 times the paper's: the network is small
     betas: tuple = (0.5, 0.999)              # β1, β2 of Adam
     clip: float = 1.0                        # longest gradient; the paper clips none
+    cooldown: float = 0.3                    # last part of the steps, in which the rate falls to 0; none in the paper
     patience: int = 1                        # validations without a better reconstruction before the rate is halved
     steps: int = 650
     batch: int = 4                           # images a process and step
@@ -90,7 +91,7 @@ class Config:
 
 TINY = Config()
 PAPER = replace(TINY, preset="paper", size=256, encoder="vgg", entries=256, dictionary_images=10_000, width=64, paint_blocks=2,
-                residual=False, weight_perceptual=(0.5, 1.0, 2.0, 4.0), weight_adversarial=(4.0, 2.0, 1.0, 1.0), discriminator_width=64, learning_rate=2e-4, clip=math.inf,
+                residual=False, weight_perceptual=(0.5, 1.0, 2.0, 4.0), weight_adversarial=(4.0, 2.0, 1.0, 1.0), discriminator_width=64, learning_rate=2e-4, clip=math.inf, cooldown=0,
                 steps=400_000, batch=8, validate_every=5_000)     # the paper gives 4 days on 4 V100s, not steps or batch
 RELEASED = replace(PAPER, preset="released", size=512, released=True, entries=512, batch=2)
 PRESETS = {"tiny": TINY, "paper": PAPER, "released": RELEASED}
@@ -517,7 +518,10 @@ def train(cfg, args):
             optimizer.zero_grad(set_to_none=True)
             sum(losses.values()).backward()                                     # Eq. (10)
             nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
+            group, left = optimizer.param_groups[0], (cfg.steps - step + 1) / max(cfg.cooldown * cfg.steps, 1)
+            rate, group["lr"] = group["lr"], group["lr"] * min(left, 1)
             optimizer.step()
+            group["lr"] = rate
             discriminators.requires_grad_(True)
             with common.autocast(device):                                       # discriminators
                 scores = forward_d(torch.cat([target, restored.detach()]))
