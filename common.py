@@ -1,4 +1,4 @@
-"""What the five method scripts share: images, degradation, landmarks, faces, metrics, and the files of a run.
+"""What the five method scripts share: images, degradation, landmarks, faces, metrics and the files of a run.
 
 Nothing here knows any method; what differs between the papers (degradation ranges) is data. Chapters:
 
@@ -10,8 +10,8 @@ Nothing here knows any method; what differs between the papers (degradation rang
 6. Download      download, with its checksum
 7. Runs          device, precision, random streams, checkpoints, logs, progress, restoring files
 
-Images are float32 tensors, RGB in [-1,1], (3,H,W) or (B,3,H,W). Landmarks are x,y in pixels; (0,0) is the centre of the
-top-left pixel. Everything random takes a seed or a generator and repeats exactly.
+Images are float32 tensors, RGB in [-1,1], (3,H,W) or (B,3,H,W). Landmarks are x,y in pixels; (0,0) is the
+centre of the top-left pixel. Everything random takes a seed or a generator and repeats exactly.
 """
 import contextlib
 import copy
@@ -59,32 +59,34 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".p
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used: one line, what is wrong and what to do. Ends a script with status 2."""
+    """Something the user gave cannot be used: one line, what is wrong and what to do. Exit status 2."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 1. Images
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 def read_image(path):
     """Read any picture Pillow opens → (3,H,W) RGB in [-1,1].
 
-    Greyscale and palette become RGB, transparency is laid over white, 16 bits keep their depth, CMYK is converted, the
-    camera's EXIF rotation is applied. InputError for what is no picture, is damaged, tiny (< 16 pixels) or larger than
-    Pillow's safety limit (89 megapixels).
+    Greyscale and palette become RGB, transparency is laid over white, 16 bits keep their depth, CMYK is
+    converted, the camera's EXIF rotation is applied. InputError for what is no picture, is damaged, tiny
+    (under 16 pixels) or larger than Pillow's safety limit (89 megapixels).
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 if min(file.size) < 16:
-                    raise InputError(f"{path}: {file.width}×{file.height} pixels is too small; at least 16×16 is needed")
+                    raise InputError(f"{path}: {file.width}×{file.height} pixels is too small; "
+                                     "at least 16×16 is needed")
                 file.load()
                 picture = ImageOps.exif_transpose(file)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise InputError(f"{path}: more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels; shrink it or cut the face out first") from None
+        raise InputError(f"{path}: more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels; "
+                         "shrink it or cut the face out first") from None
     except (OSError, SyntaxError, ValueError) as error:
         reason = str(error).split(" '")[0].split(" <")[0]
         raise InputError(f"{path}: not a readable picture ({reason}); replace or remove it") from None
@@ -99,7 +101,7 @@ def read_image(path):
 
 
 def write_image(path, image):
-    """Write (3,H,W) in [-1,1] as 8 bits, rounded; the suffix names the format. Written aside and renamed into place."""
+    """Write (3,H,W) in [-1,1] as 8 bits, rounded; the suffix names the format; renamed into place."""
     with replacing(path) as temporary:
         try:
             Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy()).save(temporary, quality=95)
@@ -113,25 +115,26 @@ def to_uint8(image):
 
 
 def comparison_grid(columns):
-    """{title: (B,3,H,W)} → one picture (3,H',W') with a row a sample and a titled column an entry. All in [-1,1]."""
+    """{title: (B,3,H,W)} → picture (3,H',W'): a row a sample, a titled column an entry. All in [-1,1]."""
     height, width = next(iter(columns.values())).shape[-2:]
     gap, head = max(width // 64, 1), max(height // 6, 16)
-    strips = [torch.cat([F.pad(image.detach().float().cpu(), (0, gap, 0, gap), value=1) for image in images], 1)
-              for images in columns.values()]
+    strips = [torch.cat([F.pad(image.detach().float().cpu(), (0, gap, 0, gap), value=1)
+                         for image in images], 1) for images in columns.values()]
     grid = F.pad(torch.cat(strips, 2), (gap, 0, head, 0), value=1)
     picture = Image.fromarray(to_uint8(grid).permute(1, 2, 0).numpy())
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=head * 0.62)
     for index, title in enumerate(columns):
-        draw.text((gap + (index + 0.5) * (width + gap), head / 2), title, fill="black", font=font, anchor="mm")
+        draw.text((gap + (index + 0.5) * (width + gap), head / 2), title, fill="black", font=font,
+                  anchor="mm")
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 2. Degradation
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 class Range(NamedTuple):
-    """low, low + step, … high (a continuous range where step is 0); `or_zero` adds one more element: 0, "none"."""
+    """low, low + step, … high (continuous where step is 0); `or_zero` adds one more element: 0, "none"."""
     low: float
     high: float
     step: float = 0.0
@@ -158,9 +161,12 @@ class Degradation:
 
 
 DEGRADATIONS = {
-    "gfrnet": Degradation(Range(1, 3, 0.1, or_zero=True), Range(1, 8, 0.1), Range(0, 7, 1), Range(10, 40, 1, or_zero=True)),
-    "asffnet": Degradation(Range(1, 3, 0.1), Range(1, 8, 0.1), Range(0, 15, 1), Range(10, 60, 1), motion=True),
-    "dfdnet": Degradation(Range(1, 5, 0.1), Range(1, 8, 0.1), Range(0, 15, 1), Range(40, 80, 1), motion=True),
+    "gfrnet": Degradation(Range(1, 3, 0.1, or_zero=True), Range(1, 8, 0.1), Range(0, 7, 1),
+                          Range(10, 40, 1, or_zero=True)),
+    "asffnet": Degradation(Range(1, 3, 0.1), Range(1, 8, 0.1), Range(0, 15, 1), Range(10, 60, 1),
+                           motion=True),
+    "dfdnet": Degradation(Range(1, 5, 0.1), Range(1, 8, 0.1), Range(0, 15, 1), Range(40, 80, 1),
+                          motion=True),
     "dmdnet": Degradation(Range(1, 3, 0.1), Range(1, 10, 0.1), Range(0, 15, 1), Range(50, 100, 1)),
     "restoreformer": Degradation(Range(0.2, 10), Range(1, 8), Range(0, 20), Range(60, 100), mode="bilinear"),
 }
@@ -168,23 +174,25 @@ KERNEL_RADIUS = 30            # pixels: 3 ϱ of the widest Gaussian, so that no 
 
 
 def gaussian_matrix(sigma, length, device="cpu"):
-    """Blur along one axis as a matrix (length,length): rows are Gaussians of `sigma` pixels and sum 1, mirrored at the ends."""
+    """Blur along one axis as a matrix (length,length): rows are Gaussians of `sigma` pixels and sum 1,
+    mirrored at the ends."""
     if not sigma:
         return torch.eye(length, device=device)
     taps = torch.arange(-KERNEL_RADIUS, KERNEL_RADIUS + 1, device=device)
     line = torch.exp(-taps**2 / (2 * sigma**2))
     reached = (torch.arange(length, device=device)[:, None] + taps).abs()
     reached = (length - 1) - ((length - 1) - reached).abs()
-    return torch.zeros(length, length, device=device).scatter_add_(1, reached, (line / line.sum()).expand(length, -1))
+    return torch.zeros(length, length, device=device).scatter_add_(
+        1, reached, (line / line.sum()).expand(length, -1))
 
 
 @functools.lru_cache
 def motion_kernels(count=32, seed=0):
-    """Camera-shake kernels after Boracchi & Foi (2012) → (count,61,61), each of sum 1, centred on its own mass.
+    """Camera-shake kernels after Boracchi & Foi (2012) → (count,61,61), each of sum 1, centred on its mass.
 
-    A camera that is pulled back to rest while it trembles: its velocity keeps part of itself (inertia), is pulled to the
-    origin (the hand's correction), is pushed at random (tremor), and is at times thrown about (a jerk). The time the
-    shutter sees each pixel is the kernel. Trajectories span 5 to 25 pixels.
+    A camera that is pulled back to rest while it trembles: its velocity keeps part of itself (inertia), is
+    pulled to the origin (the hand's correction), is pushed at random (tremor), and is at times thrown about
+    (a jerk). The time the shutter sees each pixel is the kernel. Trajectories span 5 to 25 pixels.
     """
     steps, generator = 400, torch.Generator().manual_seed(seed)
 
@@ -195,11 +203,13 @@ def motion_kernels(count=32, seed=0):
         return low + (high - low) * torch.rand(count, 1, generator=generator)
 
     velocity = F.normalize(normal(count, 2), dim=1)
-    tremor, pull, jerk, keep = uniform(0.05, 0.35), uniform(0.0, 0.006), uniform(0.0, 0.01), uniform(0.93, 1.0)
+    tremor, pull, jerk, keep = (uniform(0.05, 0.35), uniform(0.0, 0.006), uniform(0.0, 0.01),
+                                uniform(0.93, 1.0))
     position, path = torch.zeros(count, 2), []
     for _ in range(steps):
         jerked = (torch.rand(count, 1, generator=generator) < jerk) * 2.0
-        velocity = keep * velocity + tremor * normal(count, 2) - pull * position + jerked * (normal(count, 2) - velocity)
+        velocity = (keep * velocity + tremor * normal(count, 2) - pull * position
+                    + jerked * (normal(count, 2) - velocity))
         velocity = F.normalize(velocity, dim=1)
         position = position + velocity
         path.append(position)
@@ -217,11 +227,11 @@ def motion_kernels(count=32, seed=0):
 
 
 def blur(image, kernel):
-    """I ⊗ k: image (…,H,W) convolved with any kernel (61,61), mirrored at the border; in the frequency domain, where a wide
-    kernel costs no more than a small one. H, W > 30."""
+    """I ⊗ k: image (…,H,W) convolved with any kernel (61,61), mirrored at the border; in the frequency
+    domain, where a wide kernel costs no more than a small one. H, W > 30."""
     height, width = image.shape[-2:]
     padded = F.pad(image, (KERNEL_RADIUS,) * 4, mode="reflect")
-    shape = [math.ceil(length / 64) * 64 for length in padded.shape[-2:]]      # lengths a fast transform likes
+    shape = [math.ceil(length / 64) * 64 for length in padded.shape[-2:]]    # lengths a fast transform likes
     spectrum = torch.fft.rfft2(padded, s=shape) * torch.fft.rfft2(kernel, s=shape)
     start = 2 * KERNEL_RADIUS
     return torch.fft.irfft2(spectrum, s=shape)[..., start:start + height, start:start + width]
@@ -237,11 +247,11 @@ def jpeg(image, quality):
 def degrade(target, degradation, generator=None, scale=None):
     """I^d = ((I ⊗ k) ↓s + n)_JPEG ↑s, every image with parameters of its own.
 
-    target (B,3,H,W) in [-1,1] → the same shape, range and device, quantised to 8 bits. `generator` (on the CPU) makes it
-    repeatable. `scale` fixes s, as in the papers' ×4 and ×8 tests; the rest is still drawn. H, W > 30.
+    target (B,3,H,W) in [-1,1] → the same shape, range and device, quantised to 8 bits. `generator` (on the
+    CPU) repeats it. `scale` fixes s, as in papers' ×4 and ×8 tests; the rest is drawn. H, W > 30.
 
-    Gaussian blur and down-sampling are linear and separable: together they are one small matrix an axis, the blur's with
-    its rows down-sampled, which is far cheaper than blurring at full size first. Motion blur takes the long way.
+    Gaussian blur and down-sampling are linear and separable: together one small matrix an axis, the blur's
+    with its rows down-sampled, far cheaper than blurring at full size. Motion blur takes the long way.
     """
     count, _, height, width = target.shape
     sigmas, scales = degradation.blur.draw(count, generator), degradation.scale.draw(count, generator)
@@ -262,8 +272,9 @@ def degrade(target, degradation, generator=None, scale=None):
             blurred = blur(image, motion_kernels()[shake].to(device))
             small = F.interpolate(blurred[None], (h, w), mode=mode, antialias=True)[0]
         else:
-            rows, columns = (F.interpolate(gaussian_matrix(sigma, long, device)[None, None], (short, long), mode=mode,
-                                           antialias=True)[0, 0] for long, short in ((height, h), (width, w)))
+            rows, columns = (F.interpolate(gaussian_matrix(sigma, long, device)[None, None], (short, long),
+                                           mode=mode, antialias=True)[0, 0]
+                             for long, short in ((height, h), (width, w)))
             small = rows @ image @ columns.T
         small = to_uint8(small + noise / 127.5 * torch.randn(small.shape, device=device, generator=stream))
         if quality:
@@ -272,12 +283,13 @@ def degrade(target, degradation, generator=None, scale=None):
     return torch.cat(degraded).float() / 127.5 - 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 3. Landmarks
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The 68-point scheme. "Left" is the image's left, as in the papers' code.
 
-JAW, LEFT_BROW, RIGHT_BROW, NOSE_BRIDGE, NOSE_BASE = slice(0, 17), slice(17, 22), slice(22, 27), slice(27, 31), slice(31, 36)
+JAW, LEFT_BROW, RIGHT_BROW, NOSE_BRIDGE, NOSE_BASE = (
+    slice(0, 17), slice(17, 22), slice(22, 27), slice(27, 31), slice(31, 36))
 LEFT_EYE, RIGHT_EYE, OUTER_LIP, INNER_LIP = slice(36, 42), slice(42, 48), slice(48, 60), slice(60, 68)
 COMPONENTS = {                # name → the landmarks a component's box is drawn around
     "left_eye": [*range(17, 22), *range(36, 42)],
@@ -285,9 +297,10 @@ COMPONENTS = {                # name → the landmarks a component's box is draw
     "nose": [*range(29, 36)],
     "mouth": [*range(48, 68)],
 }
-FFHQ_TEMPLATE = torch.tensor([[192.98, 239.95], [318.90, 240.19], [256.63, 314.02], [201.26, 371.41], [313.09, 371.15]])
-# Eye centres, nose tip and mouth corners in a 512×512 crop, (5,2): the alignment of FFHQ and of the released networks.
-MEAN_LANDMARKS = torch.tensor([          # of rendered faces aligned to FFHQ_TEMPLATE, made symmetric; pixels at 512
+FFHQ_TEMPLATE = torch.tensor(
+    [[192.98, 239.95], [318.90, 240.19], [256.63, 314.02], [201.26, 371.41], [313.09, 371.15]])
+# Eye centres, nose tip, mouth corners in a 512×512 crop, (5,2): alignment of FFHQ and the released networks.
+MEAN_LANDMARKS = torch.tensor([  # of rendered faces aligned to FFHQ_TEMPLATE, made symmetric; pixels at 512
     [127, 247], [131, 309], [141, 353], [155, 382], [173, 407], [193, 432], [213, 449], [234, 462],
     [256, 466], [277, 462], [298, 449], [318, 432], [338, 407], [356, 382], [370, 353], [380, 309],
     [384, 247], [159, 201], [173, 194], [190, 192], [206, 194], [224, 201], [287, 201], [305, 194],
@@ -300,25 +313,27 @@ MEAN_LANDMARKS = torch.tensor([          # of rendered faces aligned to FFHQ_TEM
 
 
 def mean_landmarks(size):
-    """Where the 68 landmarks of an average FFHQ-aligned crop lie, (68,2): they stand in for those of an aligned crop."""
+    """Where the landmarks of an average FFHQ-aligned crop lie, (68,2), to stand in for an aligned crop's."""
     return (MEAN_LANDMARKS + 0.5) * size / 512 - 0.5
 
 
 def read_landmarks(path, size=None, several=False):
     """Read 68 lines `x y` (68 lines a face) → (68,2) float32, or (N,68,2) with `several`.
 
-    `size` is the picture's (height, width): a face whose middle lies outside it is an error, as is a wrong count or a
-    number that is none. InputError says which.
+    `size` is the picture's (height, width): a face whose middle lies outside it is an error, as is a wrong
+    count or a number that is none. InputError says which.
     """
     try:
-        words = [line.replace(",", " ").split() for line in Path(path).read_text().splitlines() if line.strip()]
+        words = [line.replace(",", " ").split() for line in Path(path).read_text().splitlines()
+                 if line.strip()]
         points = torch.tensor([[float(x), float(y)] for x, y in words])
     except FileNotFoundError:
         raise InputError(f"{path}: no such landmark file") from None
     except (ValueError, UnicodeDecodeError, OSError):
         raise InputError(f"{path}: not a landmark file; 68 lines of two numbers `x y` are needed") from None
     if len(points) == 0 or len(points) % 68 or (len(points) > 68 and not several):
-        raise InputError(f"{path}: {len(points)} landmarks, 68 needed; correct the file, or pass an aligned crop with --aligned")
+        raise InputError(f"{path}: {len(points)} landmarks, 68 needed; correct the file, "
+                         "or pass an aligned crop with --aligned")
     if not points.isfinite().all():
         raise InputError(f"{path}: a landmark is not a finite number; correct the file")
     faces = points.view(-1, 68, 2)
@@ -327,7 +342,8 @@ def read_landmarks(path, size=None, several=False):
     if size is not None:
         middle, far = faces[:, 17:].mean(1), torch.tensor([size[1], size[0]])
         if ((middle < 0) | (middle > far - 1)).any() or ((faces < -far) | (faces > 2 * far)).any():
-            raise InputError(f"{path}: landmarks lie outside the {size[1]}×{size[0]} picture; correct the file")
+            raise InputError(f"{path}: landmarks lie outside the {size[1]}×{size[0]} picture; "
+                             "correct the file")
     return faces if several else faces[0]
 
 
@@ -338,7 +354,7 @@ def write_landmarks(path, landmarks):
 
 
 def find_landmarks(image_path, folder=None):
-    """The landmark file of a picture: `photo.jpg.txt` or `photo.txt`, beside it or in a parallel `folder`; None without."""
+    """A photo's landmark file, photo.jpg.txt or photo.txt, beside it or in a parallel `folder`, or None."""
     image_path = Path(image_path)
     place = image_path.parent if folder is None else Path(folder)
     names = [place / f"{image_path.name}.txt", place / f"{image_path.stem}.txt"]
@@ -375,7 +391,7 @@ def invert_matrix(matrix):
 
 
 def warp_affine(image, matrix, height, width, padding="zeros"):
-    """Draw image (C,H,W) on a height×width canvas, pixel p coming to M·p (pixel centres at integers); bilinear."""
+    """Draw image (C,H,W) on a height×width canvas, pixel p at M·p (pixel centres at integers); bilinear."""
     inverse = invert_matrix(matrix)
     shrink = max(int(torch.linalg.det(inverse[:, :2]).abs().sqrt().item()), 1)
     if shrink > 1:                       # bilinear sampling would skip pixels: average blocks of them first
@@ -394,13 +410,13 @@ def face_matrix(landmarks, size):
 
 
 def align_face(image, landmarks, size):
-    """Cut the face (68,2) out of image (3,H,W) → crop (3,size,size), its landmarks (68,2), the matrix used (2,3)."""
+    """Cut the face (68,2) out of image (3,H,W) → crop (3,size,size), its landmarks (68,2), matrix (2,3)."""
     matrix = face_matrix(landmarks, size)
     return warp_affine(image, matrix, size, size, "border"), transform_points(landmarks, matrix), matrix
 
 
 def paste_face(photo, crop, matrix, feather=0.1):
-    """Put a crop back where `matrix` (photo → crop) took it from; its border fades over `feather` of its width."""
+    """Put crop back where `matrix` (photo → crop) took it from; borders fade over `feather` of its width."""
     size = crop.shape[-1]
     ramp = ((torch.arange(size).minimum(torch.arange(size).flip(0)) + 0.5) / (feather * size)).clamp(max=1)
     ramp = ramp * ramp * (3 - 2 * ramp)
@@ -411,11 +427,11 @@ def paste_face(photo, crop, matrix, feather=0.1):
 
 
 def component_boxes(landmarks, size):
-    """Square boxes around left eye, right eye, nose, mouth: (B,68,2) → (B,4,4) x1,y1,x2,y2 in pixels of a size×size image.
+    """Squares around left eye, right eye, nose, mouth: (B,68,2) → (B,4,4) x1,y1,x2,y2 in a size×size image.
 
-    A box covers the pixels from x1 up to, not including, x2: its numbers are edges, with pixel i from i to i + 1. For each
-    component m = mean of its landmarks, h = half of their larger extent, at least size/32; box = (m − h + 1, m + h). Clamped
-    to the image, but never less than size/32 wide, also where a face lies off the edge.
+    A box covers the pixels from x1 up to, not including, x2: its numbers are edges, pixel i spans i to i+1.
+    For each component m = mean of its landmarks, h = half of their larger extent, at least size/32; box =
+    (m−h+1, m+h). Clamped to the image, but never less than size/32 wide, even for a face off the edge.
     """
     boxes, least = [], size / 32
     for points in COMPONENTS.values():
@@ -428,7 +444,7 @@ def component_boxes(landmarks, size):
 
 
 def landmark_mask(landmarks, size, radius=3.0):
-    """Discs of `radius` pixels around landmarks 17-67 (all but the jaw): (B,68,2) → (B,1,size,size) of 0 and 1."""
+    """Discs of `radius` pixels around landmarks 17-67 (not the jaw): (B,68,2) → (B,1,size,size), 0 or 1."""
     near = _squared_distances(landmarks[:, 17:], size).amin(1, keepdim=True) <= radius**2
     return near.float()
 
@@ -459,26 +475,27 @@ def draw_landmarks(image, landmarks):
 def _landmark_detector(device):
     import face_alignment
     kinds = face_alignment.LandmarksType
-    kind = kinds.TWO_D if hasattr(kinds, "TWO_D") else kinds._2D      # renamed between releases of face-alignment
+    kind = kinds.TWO_D if hasattr(kinds, "TWO_D") else kinds._2D    # renamed between face-alignment releases
     return face_alignment.FaceAlignment(kind, device=device, flip_input=False)
 
 
 def detect_landmarks(image, device="cpu", name="this picture"):
-    """Landmarks of all faces in image (3,H,W) → (N,68,2), with the papers' detector if the user has installed it."""
+    """Landmarks of all faces in image (3,H,W) → (N,68,2), with the papers' detector if it is installed."""
     try:
         detector = _landmark_detector(str(device))
     except ImportError:
-        raise InputError(f"{name}: its landmarks are unknown; give a file {name}.txt of 68 lines `x y`, or pass an aligned "
-                         "crop with --aligned, or `pip install face-alignment`") from None
+        raise InputError(f"{name}: its landmarks are unknown; give a file {name}.txt of 68 lines `x y`, "
+                         "or pass an aligned crop with --aligned, or `pip install face-alignment`") from None
     found = detector.get_landmarks_from_image(to_uint8(image).permute(1, 2, 0).cpu().numpy())
     if found is None or len(found) == 0:
-        raise InputError(f"{name}: no face found; give its landmarks in {name}.txt, or an aligned crop with --aligned")
+        raise InputError(f"{name}: no face found; give its landmarks in {name}.txt, "
+                         "or an aligned crop with --aligned")
     return torch.from_numpy(np.stack(found)[..., :2]).float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 4. Faces
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Skull, face, ears, neck and shoulders are one surface: a grid over height and azimuth; the hair is another.
 # A length of 1 is 100 pixels of a 512 x 512 picture; x to the right, y down, z towards the camera, the eyes
 # at (+-0.63, 0). Features are placed by the canonical coordinates X (sideways) and T (down the profile) of a
@@ -1128,18 +1145,19 @@ class RenderedFaces(torch.utils.data.Dataset):
 
 
 class FaceFolder(torch.utils.data.Dataset):
-    """Your pictures: a flat folder (each its own identity), or one folder per identity. Items are `Face`s of size×size.
+    """Your pictures: a flat folder (each an identity) or a folder per identity. Items: `Face`s of size×size.
 
-    Landmarks are `photo.jpg.txt` or `photo.txt` beside the picture or in the parallel folder `landmarks`; without any,
-    `aligned` takes every picture for an FFHQ-aligned crop, else the detector is asked. Square pictures are used whole,
-    others are aligned by their landmarks (with `aligned`, their middle is used). What cannot be read is named on stderr
-    and left out; more than 5 % of it is an InputError.
+    Landmarks are `photo.jpg.txt` or `photo.txt` beside the picture or in the parallel folder `landmarks`;
+    without any, `aligned` takes every picture for an FFHQ-aligned crop, else the detector is asked. Square
+    pictures are used whole, others are aligned by their landmarks (with `aligned`, their middle is used).
+    What cannot be read is named on stderr and left out; more than 5 % of it is an InputError.
     """
 
     def __init__(self, root, size=128, landmarks=None, aligned=False):
         root = Path(root)
         if not root.is_dir():
-            raise InputError(f"{root}: no such folder; --data wants a folder of pictures or of one folder per identity")
+            raise InputError(f"{root}: no such folder; --data wants a folder of pictures "
+                             "or of one folder per identity")
         if landmarks is not None and not Path(landmarks).is_dir():
             raise InputError(f"{landmarks}: no such folder of landmark files")
         found = sorted(file for file in (*root.glob("*"), *root.glob("*/*"))
@@ -1163,9 +1181,10 @@ class FaceFolder(torch.utils.data.Dataset):
         self.kept = {}
 
     def _landmarks(self, file):
-        """The landmarks (68,2) in the file's pixels, or None for an aligned crop without; reads only the file's head."""
-        path, ends = find_landmarks(file, self.landmark_folder), {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"}
-        with open(file, "rb") as data:                 # a file that was cut off lacks its end: found without decoding
+        """Landmarks (68,2) in the file's pixels, None for an aligned crop without; reads only its head."""
+        path, ends = (find_landmarks(file, self.landmark_folder),
+                      {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"})
+        with open(file, "rb") as data:        # a file that was cut off lacks its end: found without decoding
             data.seek(max(data.seek(0, os.SEEK_END) - 4096, 0))
             if ends.get(file.suffix.lower(), b"") not in data.read():
                 read_image(file)
@@ -1173,8 +1192,8 @@ class FaceFolder(torch.utils.data.Dataset):
             with warnings.catch_warnings(), Image.open(file) as picture:
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 width, height = picture.size
-                exif = picture.format != "PNG" or "exif" in picture.info       # without one, a PNG would be decoded
-                if exif and picture.getexif().get(0x0112, 1) >= 5:             # the camera lay on its side
+                exif = picture.format != "PNG" or "exif" in picture.info    # without, a PNG would be decoded
+                if exif and picture.getexif().get(0x0112, 1) >= 5:          # the camera lay on its side
                     width, height = height, width
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             read_image(file)                                       # says in a sentence what is wrong
@@ -1187,7 +1206,8 @@ class FaceFolder(torch.utils.data.Dataset):
         self.faults[file] = str(error)
         if len(self.faults) > 0.05 * self.total:
             listed = "; ".join(list(self.faults.values())[:3])
-            raise InputError(f"{len(self.faults)} of {self.total} pictures cannot be used (more than 5 %): {listed}")
+            raise InputError(f"{len(self.faults)} of {self.total} pictures cannot be used (more than 5 %): "
+                             f"{listed}")
         print(f"left out: {error}", file=sys.stderr)
 
     def _load(self, index):
@@ -1196,7 +1216,8 @@ class FaceFolder(torch.utils.data.Dataset):
         if height != width and landmarks is not None:
             image, landmarks, _ = align_face(image, landmarks, self.size)
             return to_uint8(image), landmarks
-        side, left, top = min(height, width), (width - min(height, width)) // 2, (height - min(height, width)) // 2
+        side, left, top = (min(height, width), (width - min(height, width)) // 2,
+                           (height - min(height, width)) // 2)
         image = image[:, top:top + side, left:left + side]
         if side != self.size:
             image = F.interpolate(image[None], (self.size, self.size), mode="bicubic", antialias=True)[0]
@@ -1218,8 +1239,9 @@ class FaceFolder(torch.utils.data.Dataset):
                     self._report(self.files[index], error)
                 others = [i for i in self.others(index) if self.files[i] not in self.faults]
                 if not others:
-                    raise InputError(f"{error} (there is no other picture of this identity to take its place)") from None
-                return self[others[0]]                             # the same person: no held-out face slips in
+                    raise InputError(f"{error} (there is no other picture of this identity "
+                                     "to take its place)") from None
+                return self[others[0]]                           # the same person: no held-out face slips in
             if self.keep:
                 self.kept[index] = image, landmarks
         return Face(image.float() / 127.5 - 1, landmarks, int(self.identity[index]))
@@ -1230,10 +1252,11 @@ class FaceFolder(torch.utils.data.Dataset):
 
 
 def split_identities(faces, seed=0):
-    """Indices (train, validation, test) of `faces`, no identity in two of them: about 88, 4 and 8 % of the identities."""
+    """Indices (train, validation, test) of `faces`, no identity in two: about 88, 4, 8 % of identities."""
     names = faces.identity.unique()
     if len(names) < 3:
-        raise InputError(f"{len(names)} identities are too few to train and to hold some out; at least 3 are needed")
+        raise InputError(f"{len(names)} identities are too few to train and to hold some out; "
+                         "at least 3 are needed")
     names = names[torch.randperm(len(names), generator=seeded(seed, 0))]
     tests, validations = max(round(0.08 * len(names)), 1), max(round(0.04 * len(names)), 1)
     parts = names[tests + validations:], names[tests:tests + validations], names[:tests]
@@ -1247,22 +1270,23 @@ def stack_faces(faces, indices):
 
 
 def spread(indices, count):
-    """At most `count` of the indices, evenly spaced: a test set of bounded size that still meets every identity."""
-    return [indices[i * len(indices) // count] for i in range(count)] if len(indices) > count else list(indices)
+    """At most `count` of the indices, evenly spaced: a bounded test set that still meets every identity."""
+    return ([indices[i * len(indices) // count] for i in range(count)] if len(indices) > count
+            else list(indices))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 5. Metrics
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 def psnr(restored, target):
-    """Peak signal-to-noise ratio in dB of each image, (B,3,H,W) in [-1,1] → (B,). All pixels, all channels, peak 2."""
+    """Peak signal-to-noise ratios in dB, (B,3,H,W) in [-1,1] → (B,). All pixels, all channels, peak 2."""
     return -10 * torch.log10((restored.float() - target.float()).square().mean((1, 2, 3)) / 4)
 
 
 def ssim(restored, target):
-    """Structural similarity of each image, (B,3,H,W) in [-1,1] → (B,). Wang et al. (2004): Gaussian window 11×11, σ 1.5,
-    K1 0.01, K2 0.03, on RGB, averaged over the positions where the window fits and over the channels."""
+    """Structural similarity of each image, (B,3,H,W) in [-1,1] → (B,). Wang et al. (2004): Gaussian window
+    11×11, σ 1.5, K1 0.01, K2 0.03, on RGB, averaged over the channels and where the window fits."""
     taps = torch.exp(-(torch.arange(11, device=restored.device) - 5.0) ** 2 / (2 * 1.5**2))
     taps = (taps / taps.sum()).view(1, 1, 1, 11)
     x, y = (image.double().flatten(0, 1)[:, None] for image in (restored, target))
@@ -1272,7 +1296,8 @@ def ssim(restored, target):
 
     mean_x, mean_y, c1, c2 = window(x), window(y), (0.01 * 2) ** 2, (0.03 * 2) ** 2
     var_x, var_y, cov = window(x * x) - mean_x**2, window(y * y) - mean_y**2, window(x * y) - mean_x * mean_y
-    index = (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    index = ((2 * mean_x * mean_y + c1) * (2 * cov + c2)
+             / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)))
     return index.view(len(restored), -1).mean(1).float()
 
 
@@ -1280,14 +1305,16 @@ def paired_gain(restored, baseline, seed=0):
     """Mean of the per-face differences and its 95 % interval, by 2,000 bootstrap resamples of the faces."""
     difference = (restored - baseline).double().cpu()
     index = torch.randint(len(difference), (2000, len(difference)), generator=seeded(seed, 9))
-    low, high = torch.quantile(difference[index].mean(1), torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    low, high = torch.quantile(difference[index].mean(1),
+                               torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
     return {"mean": difference.mean().item(), "ci95": [low, high]}
 
 
 def load_published(module, path, name, source, rename=None):
-    """Fill `module` with published weights from a file the user has downloaded; a missing file says where to get it."""
+    """Fill `module` with published weights the user has downloaded; a missing file says where to get it."""
     if path is None or not Path(path).is_file():
-        raise InputError(f"{name} needs its published weights{f' ({path} is missing)' if path else ''}: download {source}")
+        raise InputError(f"{name} needs its published weights{f' ({path} is missing)' if path else ''}: "
+                         f"download {source}")
     state = load_weights(path)
     state = {rename(key) if rename else key: value for key, value in state.items()}
     own = module.state_dict()
@@ -1307,11 +1334,12 @@ class LPIPS(nn.Module):
     def __init__(self, backbone, linear):
         super().__init__()
         self.features = torchvision.models.alexnet(weights=None).features
-        self.linear = nn.ParameterList([nn.Parameter(torch.zeros(1, c, 1, 1)) for c in (64, 192, 384, 256, 256)])
-        load_published(self.features, backbone, "LPIPS", "alexnet-owt-7be5be79.pth from download.pytorch.org/models",
-                       lambda key: key.removeprefix("features."))
-        load_published(self.linear, linear, "LPIPS", "weights/v0.1/alex.pth from github.com/richzhang/PerceptualSimilarity",
-                       lambda key: key.removeprefix("lin").split(".")[0])
+        self.linear = nn.ParameterList([nn.Parameter(torch.zeros(1, c, 1, 1))
+                                        for c in (64, 192, 384, 256, 256)])
+        load_published(self.features, backbone, "LPIPS", "alexnet-owt-7be5be79.pth from "
+                       "download.pytorch.org/models", lambda key: key.removeprefix("features."))
+        load_published(self.linear, linear, "LPIPS", "weights/v0.1/alex.pth from github.com/richzhang/"
+                       "PerceptualSimilarity", lambda key: key.removeprefix("lin").split(".")[0])
         self.eval().requires_grad_(False)
 
     def forward(self, restored, target):
@@ -1328,21 +1356,23 @@ class LPIPS(nn.Module):
 
 
 def frechet_distance(first, second):
-    """Fréchet distance of Gaussians fitted to two sets of features (N,D), (M,D): |μ1−μ2|² + tr(C1 + C2 − 2 (C1 C2)^½)."""
-    (one, mean1), (two, mean2) = (((x.double() - x.double().mean(0)) / (len(x) - 1) ** 0.5, x.double().mean(0))
-                                  for x in (first, second))
-    root = torch.linalg.svdvals(one @ two.T).sum()                  # tr (C1 C2)^½ with C = AᵀA, without D×D matrices
+    """Fréchet distance of Gaussians fit to features (N,D), (M,D): |μ1−μ2|² + tr(C1 + C2 − 2 (C1 C2)^½)."""
+    (one, mean1), (two, mean2) = (((x.double() - x.double().mean(0)) / (len(x) - 1) ** 0.5,
+                                   x.double().mean(0)) for x in (first, second))
+    root = torch.linalg.svdvals(one @ two.T).sum()          # tr (C1 C2)^½ with C = AᵀA, without D×D matrices
     return ((mean1 - mean2).square().sum() + one.square().sum() + two.square().sum() - 2 * root).item()
 
 
 class FID:
-    """Fréchet Inception distance (Heusel et al. 2017) with the weights of the original evaluation, ported to PyTorch
-    (pt_inception-2015-12-05-6726825d.pth). `fid(images, references)`: two iterables of batches (B,3,H,W) in [-1,1]."""
+    """Fréchet Inception distance (Heusel et al. 2017) with the original weights ported to PyTorch
+    (pt_inception-2015-12-05-6726825d.pth). `fid(images, references)`: iterables of (B,3,H,W) in [-1,1]."""
 
     def __init__(self, weights, device="cpu"):
-        net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
-        load_published(net, weights, "FID", "pt_inception-2015-12-05-6726825d.pth from github.com/mseitzer/pytorch-fid")
-        for name, block in net.named_children():                    # where the original differs from torchvision's
+        net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False,
+                                              init_weights=False)
+        load_published(net, weights, "FID",
+                       "pt_inception-2015-12-05-6726825d.pth from github.com/mseitzer/pytorch-fid")
+        for name, block in net.named_children():              # where the original differs from torchvision's
             if hasattr(block, "branch_pool") and isinstance(block.branch_pool, nn.Module):
                 self._repair(block, F.max_pool2d if name == "Mixed_7c" else
                              functools.partial(F.avg_pool2d, count_include_pad=False))
@@ -1350,14 +1380,16 @@ class FID:
 
     @staticmethod
     def _repair(block, pool):
-        """Have the block's pooling branch pool otherwise: keep the block's input, hand its pooled form to the branch."""
+        """Have a block's pooling branch pool otherwise: keep its input, hand the branch its pooled form."""
         kept = {}
         block.register_forward_pre_hook(lambda module, inputs: kept.update(x=inputs[0]))
-        block.branch_pool.register_forward_pre_hook(lambda module, inputs: (pool(kept["x"], 3, stride=1, padding=1),))
+        block.branch_pool.register_forward_pre_hook(
+            lambda module, inputs: (pool(kept["x"], 3, stride=1, padding=1),))
 
     @torch.inference_mode()
     def features(self, batches):
-        resized = (F.interpolate(b.to(self.device), (299, 299), mode="bilinear", align_corners=False) for b in batches)
+        resized = (F.interpolate(b.to(self.device), (299, 299), mode="bilinear", align_corners=False)
+                   for b in batches)
         return torch.cat([self.net(images).cpu() for images in resized])
 
     def __call__(self, images, references):
@@ -1367,8 +1399,8 @@ class FID:
 class Recogniser(nn.Module):
     """A small VGG-style face recognition network: four stages of two convolutions, then an embedding.
 
-    forward: (B,3,H,W) in [-1,1] → unit vectors (B,128). features: → the four stages' maps, of H/2, H/4, H/8 and H/16 and
-    `widths` channels, after ReLU. It takes the places that VGG-Face and ArcFace have in the papers.
+    forward: (B,3,H,W) in [-1,1] → unit vectors (B,128). features: → the four stages' maps, of H/2, H/4, H/8
+    and H/16 and `widths` channels, after ReLU. It stands in for the papers' VGG-Face and ArcFace.
     """
 
     def __init__(self, widths=(32, 48, 64, 96), input_size=64):
@@ -1377,7 +1409,8 @@ class Recogniser(nn.Module):
         self.stages = nn.ModuleList()
         for before, width in zip((3, *widths), widths):
             self.stages.append(nn.Sequential(
-                nn.Conv2d(before, width, 3, stride=2 if before == 3 else 1, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+                nn.Conv2d(before, width, 3, stride=2 if before == 3 else 1, padding=1),
+                nn.BatchNorm2d(width), nn.ReLU(),
                 nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()))
         self.embed = nn.Sequential(nn.Dropout(0.2), nn.Linear(widths[-1] * (input_size // 16) ** 2, 128),
                                    nn.BatchNorm1d(128))
@@ -1401,7 +1434,7 @@ class Recogniser(nn.Module):
         return self.embed(self.features(x)[-1].flatten(1)).float()
 
     def folded(self):
-        """The same function in evaluation mode with every BatchNorm multiplied into its convolution; frozen."""
+        """The same function in evaluation mode with every BatchNorm folded into its convolution; frozen."""
         net = copy.deepcopy(self).eval()
         for stage in net.stages:
             for i in (0, 3):
@@ -1411,15 +1444,16 @@ class Recogniser(nn.Module):
 
 
 def angular_margin_loss(embedding, centres, label, margin=0.3, scale=24.0):
-    """ArcFace (Deng et al. 2019): cross-entropy of scale · cos(θ + margin · [true class]); (B,D) unit vectors, (K,D)."""
+    """ArcFace (Deng et al. 2019): cross-entropy of scale · cos(θ + margin · [true class]); (B,D) unit
+    vectors, (K,D)."""
     cosine = (embedding @ F.normalize(centres, dim=1).T).clamp(-1 + 1e-6, 1 - 1e-6)
     true = F.one_hot(label, len(centres)).bool()
     return F.cross_entropy(scale * torch.where(true, torch.cos(cosine.arccos() + margin), cosine), label)
 
 
 def verification_accuracy(embeddings, identity, seed=0):
-    """Share of right same/different answers on all same-identity pairs and as many others, in two folds of the
-    identities: the threshold that is best on one fold is applied to the other."""
+    """Share of right same/different answers on all same-identity pairs and as many others, in two folds of
+    the identities: the threshold that is best on one fold is applied to the other."""
     one, two = torch.triu_indices(len(identity), len(identity), 1)
     same, cosine = identity[one] == identity[two], (embeddings[one] * embeddings[two]).sum(1)
     other = torch.nonzero(~same)[:, 0]
@@ -1436,19 +1470,22 @@ def verification_accuracy(embeddings, identity, seed=0):
     return right / count
 
 
-RECOGNISERS = {"loss": dict(widths=(32, 48, 64, 96), seed=0), "metric": dict(widths=(32, 48, 80, 112), seed=1)}
+RECOGNISERS = {"loss": dict(widths=(32, 48, 64, 96), seed=0),
+               "metric": dict(widths=(32, 48, 80, 112), seed=1)}
 
 
 def recogniser(faces, purpose="loss", epochs=24, batch=64, quiet=False):
-    """Train (or take from the cache) a face recognition network on the training identities of `faces`; frozen.
+    """Train (or take from cache) a face recognition network on the training identities of `faces`; frozen.
 
-    purpose "loss" serves losses and encoders; "metric", another seed and other widths, serves `identity_distance`, so that
-    no method is measured with the network that trained it. `.accuracy` is its verification accuracy on held-out
-    identities. Pictures without identities (a flat folder) cannot train one: rendered faces do, and a line says so.
+    purpose "loss" serves losses and encoders; "metric", another seed and other widths, serves
+    `identity_distance`, so that no method is measured with the network that trained it. `.accuracy` is its
+    verification accuracy on held-out identities. Pictures without identities (a flat folder) cannot train
+    one: rendered faces do, and a line says so.
     """
     if len(faces.identity.unique()) > len(faces) / 2:
         if not quiet:
-            print("these pictures carry no identities: the recogniser is trained on rendered faces", file=sys.stderr)
+            print("these pictures carry no identities: the recogniser is trained on rendered faces",
+                  file=sys.stderr)
         faces = RenderedFaces()
     widths, seed = RECOGNISERS[purpose]["widths"], RECOGNISERS[purpose]["seed"]
     net = Recogniser(widths)
@@ -1461,8 +1498,9 @@ def recogniser(faces, purpose="loss", epochs=24, batch=64, quiet=False):
             return net.folded()
     device = choose_device("auto")
     train, validation, test = split_identities(faces)
-    images, identity = torch.stack([to_uint8(F.interpolate(faces[i].image[None], (64, 64), mode="bilinear", antialias=True)[0])
-                                    for i in train]).to(device), faces.identity[train]
+    images, identity = torch.stack([
+        to_uint8(F.interpolate(faces[i].image[None], (64, 64), mode="bilinear", antialias=True)[0])
+        for i in train]).to(device), faces.identity[train]
     label = torch.searchsorted(identity.unique(), identity).to(device)
     batch = min(batch, len(images))
     steps = epochs * len(images) // batch
@@ -1473,14 +1511,16 @@ def recogniser(faces, purpose="loss", epochs=24, batch=64, quiet=False):
         optimizer = torch.optim.AdamW([*net.parameters(), centres], lr=3e-3, weight_decay=0.02)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
         generator, progress = seeded(seed, 2), Progress(f"recogniser for {purpose}", steps, quiet=quiet)
-        order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(steps * batch // len(images) + 1)])
+        order = torch.cat([torch.randperm(len(images), generator=generator)
+                           for _ in range(steps * batch // len(images) + 1)])
         for step in range(steps):
             index = order[step * batch:(step + 1) * batch].to(device)
             x = images[index].float() / 127.5 - 1
-            low = [64, 64, 64, 48, 32, 20][int(torch.randint(6, (), generator=generator))]     # blurred pictures too
+            low = [64, 64, 64, 48, 32, 20][int(torch.randint(6, (), generator=generator))]     # blurred too
             left, top = torch.randint(-3, 4, (2,), generator=generator).tolist()
             if low < 64:
-                x = F.interpolate(F.interpolate(x, (low, low), mode="bilinear", antialias=True), (64, 64), mode="bilinear")
+                x = F.interpolate(F.interpolate(x, (low, low), mode="bilinear", antialias=True), (64, 64),
+                                  mode="bilinear")
             x = torch.roll(x.flip(3) if step % 2 else x, (top, left), (2, 3))
             with autocast(device):
                 embedding = net(x.contiguous(memory_format=torch.channels_last))
@@ -1495,18 +1535,20 @@ def recogniser(faces, purpose="loss", epochs=24, batch=64, quiet=False):
     held = spread(validation + test, 400)
     with torch.inference_mode():
         embeddings = torch.cat([net(stack_faces(faces, held[i:i + 64])[0]) for i in range(0, len(held), 64)])
-    net.accuracy = verification_accuracy(embeddings, torch.searchsorted(faces.identity[held].unique(), faces.identity[held]))
-    progress.close(f"verification accuracy on {len(faces.identity[held].unique())} held-out identities {net.accuracy:.1%}")
-    with contextlib.suppress(InputError):                           # a cache that cannot be written costs time only
+    net.accuracy = verification_accuracy(
+        embeddings, torch.searchsorted(faces.identity[held].unique(), faces.identity[held]))
+    progress.close(f"verification accuracy on {len(faces.identity[held].unique())} held-out identities "
+                   f"{net.accuracy:.1%}")
+    with contextlib.suppress(InputError):                    # a cache that cannot be written costs time only
         save_checkpoint(path, {**net.state_dict(), "accuracy": net.accuracy})
     return net.folded()
 
 
 class VGG(nn.Module):
-    """The convolutions of VGG-16 or VGG-19; four feature maps: the last of blocks 2 to 5, at 1/2, 1/4, 1/8, 1/16 of the size.
+    """The convolutions of VGG-16 or -19; four maps: the last of blocks 2 to 5, at 1/2 … 1/16 of the size.
 
-    After ReLU, the last one only with `last_relu`. Input RGB in [-1,1]; `face` turns it into VGG-Face's, BGR in 0 … 255
-    without the mean face colour, else it is ImageNet's.
+    After ReLU, the last one only with `last_relu`. Input RGB in [-1,1]; `face` turns it into VGG-Face's, BGR
+    in 0 … 255 without the mean face colour, else it is ImageNet's.
     """
     widths = (128, 256, 512, 512)
 
@@ -1519,7 +1561,8 @@ class VGG(nn.Module):
         self.register_buffer("deviation", torch.tensor(deviation).view(1, 3, 1, 1))
         before, self.blocks = 3, nn.ModuleList()
         for count, width in zip(per_block, (64, 128, 256, 512, 512)):
-            self.blocks.append(nn.ModuleList(nn.Conv2d(width if i else before, width, 3, padding=1) for i in range(count)))
+            self.blocks.append(nn.ModuleList(
+                nn.Conv2d(width if i else before, width, 3, padding=1) for i in range(count)))
             before = width
         self.eval().requires_grad_(False)
 
@@ -1537,8 +1580,8 @@ class VGG(nn.Module):
 
 
 def load_vgg(file, last_relu=True):
-    """VGG-Face from a state dict of any naming (its 3×3 kernels are taken in order), or, without a file, torchvision's VGG-19
-    trained on ImageNet, saying so."""
+    """VGG-Face from a state dict of any naming (its 3×3 kernels are taken in order), or, without a file,
+    torchvision's VGG-19 trained on ImageNet, saying so."""
     if file is not None:
         state = load_weights(file)
     else:
@@ -1546,30 +1589,33 @@ def load_vgg(file, last_relu=True):
         try:
             state = torchvision.models.vgg19(weights="IMAGENET1K_V1").state_dict()
         except OSError as error:
-            raise InputError("VGG-19 could not be downloaded; put vgg19-dcbb9e9d.pth from download.pytorch.org/models "
-                             f"into {torch.hub.get_dir()}/checkpoints, or name a --vggface file ({error})") from None
+            raise InputError("VGG-19 could not be downloaded; put vgg19-dcbb9e9d.pth from "
+                             f"download.pytorch.org/models into {torch.hub.get_dir()}/checkpoints, "
+                             f"or name a --vggface file ({error})") from None
     names = [name for name, value in state.items() if torch.is_tensor(value) and value.ndim == 4]
-    net = VGG((2, 2, 3, 3, 3) if len(names) == 13 else (2, 2, 4, 4, 4), face=file is not None, last_relu=last_relu)
+    net = VGG((2, 2, 3, 3, 3) if len(names) == 13 else (2, 2, 4, 4, 4), face=file is not None,
+              last_relu=last_relu)
     convolutions = [layer for block in net.blocks for layer in block]
     if [state[name].shape for name in names] != [layer.weight.shape for layer in convolutions]:
-        raise InputError(f"{file}: neither VGG-16 (VGG-Face) nor VGG-19; the state dict needs their 13 or 16 3×3 kernels")
+        raise InputError(f"{file}: neither VGG-16 (VGG-Face) nor VGG-19; "
+                         "the state dict needs their 13 or 16 3×3 kernels")
     for layer, name in zip(convolutions, names):
         layer.load_state_dict({"weight": state[name], "bias": state[name.removesuffix("weight") + "bias"]})
     return net
 
 
 def identity_distance(net, restored, target):
-    """Angle in degrees between a recogniser's embeddings of each pair of faces, (B,3,H,W) in [-1,1] → (B,)."""
+    """Angle in degrees between a recogniser's embeddings of each face pair, (B,3,H,W) in [-1,1] → (B,)."""
     cosine = (net(restored.float()) * net(target.float())).sum(1)
     return torch.rad2deg(cosine.clamp(-1, 1).arccos())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 6. Download
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 def download(url, path, sha256, attempts=3):
-    """Fetch url to path unless it is there already; resume a broken transfer, check the sha256, rename into place."""
+    """Fetch url to path unless it is there; resume a broken transfer, check sha256, rename into place."""
     path = Path(path)
     if path.is_file() and file_sha256(path) == sha256:
         return path
@@ -1578,8 +1624,9 @@ def download(url, path, sha256, attempts=3):
     for attempt in range(attempts):
         done = part.stat().st_size if part.is_file() else 0
         try:
-            with requests.get(url, headers={"Range": f"bytes={done}-"} if done else {}, stream=True, timeout=60) as reply:
-                if reply.status_code == 416:                        # the part is already whole, or longer than the file
+            with requests.get(url, headers={"Range": f"bytes={done}-"} if done else {}, stream=True,
+                              timeout=60) as reply:
+                if reply.status_code == 416:             # the part is already whole, or longer than the file
                     break
                 reply.raise_for_status()
                 with open(part, "ab" if reply.status_code == 206 else "wb") as file:
@@ -1588,10 +1635,12 @@ def download(url, path, sha256, attempts=3):
             break
         except (requests.RequestException, OSError) as error:
             if attempt + 1 == attempts:
-                raise InputError(f"{url}: {error}; run the command again to go on with the download") from None
+                raise InputError(f"{url}: {error}; run the command again "
+                                 "to go on with the download") from None
     if file_sha256(part) != sha256:
         part.unlink()
-        raise InputError(f"{url}: not the expected file (its sha256 differs); get it by hand and put it at {path}")
+        raise InputError(f"{url}: not the expected file (its sha256 differs); "
+                         f"get it by hand and put it at {path}")
     os.replace(part, path)
     return path
 
@@ -1602,13 +1651,13 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 7. Runs
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 def seeded(*numbers):
     """A random stream of its own for every tuple of whole numbers ≥ 0, for example (seed, step, rank)."""
-    state = np.random.SeedSequence((*numbers, len(numbers))).generate_state(1, np.uint64)[0]      # (7,) is not (7, 0)
+    state = np.random.SeedSequence((*numbers, len(numbers))).generate_state(1, np.uint64)[0]  # (7,) ≠ (7, 0)
     return torch.Generator().manual_seed(int(state >> 1))
 
 
@@ -1625,8 +1674,8 @@ def choose_device(name="auto"):
 
 @functools.lru_cache
 def precision(kind):
-    """The type convolutions run in: bfloat16 where the processor multiplies it in hardware (it halves the time or
-    better), else float32. `kind` is "cpu" or "cuda"."""
+    """The type convolutions run in: bfloat16 where the processor multiplies it in hardware (it halves the
+    time or better), else float32. `kind` is "cpu" or "cuda"."""
     if kind == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float32
     with contextlib.suppress(OSError):
@@ -1643,7 +1692,7 @@ def autocast(device):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Hand out a temporary name beside `path`; flush and rename it into place if the block ends well, else remove it."""
+    """Yield a temporary name beside `path`; flush, rename into place if all went well, else remove it."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
@@ -1653,7 +1702,8 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another --out") from None
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); "
+                         "choose another --out") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -1666,17 +1716,18 @@ def write_json(path, value):
 
 
 def save_checkpoint(path, state):
-    """torch.save to a temporary file, flushed and renamed into place: a crash leaves the checkpoint before it whole."""
+    """torch.save, flushed and renamed into place: a crash leaves the checkpoint before it whole."""
     with replacing(path) as temporary:
         torch.save(state, temporary)
 
 
 def load_weights(path, device="cpu"):
-    """torch.load of tensors and plain values only; what is missing, damaged or holds code is an InputError."""
+    """torch.load, tensors and plain values only; what is missing, damaged or holds code is an InputError."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint; train one first (--train) or name another with --checkpoint") from None
+        raise InputError(f"{path}: no such checkpoint; train one first (--train) "
+                         "or name another with --checkpoint") from None
     except Exception as error:              # torch raises half a dozen types for what is no checkpoint
         code = "Unsupported global" in str(error) or "Unsupported class" in str(error)
         reason = "holds code or objects, which are never run" if code else "damaged, or not a checkpoint"
@@ -1687,14 +1738,15 @@ def load_checkpoint(path, script, device="cpu"):
     """A checkpoint written by `script`'s --train; one of another method is an InputError."""
     state = load_weights(path, device)
     if not isinstance(state, dict) or "script" not in state:
-        raise InputError(f"{path}: not a checkpoint of this repository; use one that {script}.py --train wrote")
+        raise InputError(f"{path}: not a checkpoint of this repository; "
+                         f"use one that {script}.py --train wrote")
     if state["script"] != script:
         raise InputError(f"{path}: a checkpoint of {state['script']}.py, not of {script}.py")
     return state
 
 
 class Progress:
-    """One line that updates in place on a terminal: step, steps/s, time left, a note. Elsewhere plain lines, few."""
+    """A line updated in place on a terminal: step, steps/s, time left, a note. Elsewhere few plain lines."""
 
     def __init__(self, title, total, start=0, quiet=False):
         self.title, self.total, self.first, self.quiet = title, total, start, quiet
@@ -1707,8 +1759,10 @@ class Progress:
             return
         self.shown, rate = now, max(step - self.first, 1e-9) / (now - self.begin + 1e-9)
         left = int((self.total - step) / rate) if step > self.first else 0
-        text = f"{self.title} {step}/{self.total}  {rate:.1f} it/s  {left // 60}:{left % 60:02d} left  {note}"
-        print(f"\r\033[K{text[:118]}" if self.terminal else text, end="" if self.terminal else "\n", flush=True)
+        text = (f"{self.title} {step}/{self.total}  {rate:.1f} it/s  "
+                f"{left // 60}:{left % 60:02d} left  {note}")
+        print(f"\r\033[K{text[:118]}" if self.terminal else text, end="" if self.terminal else "\n",
+              flush=True)
 
     def line(self, text):
         """Print a line that stays."""
@@ -1721,19 +1775,20 @@ class Progress:
 
 
 def write_log(folder, rows):
-    """log.csv and curves.png from a list of dicts: a column and a plot for each name; rows without a value leave gaps."""
+    """log.csv and curves.png from a list of dicts: a column and a plot a name; missing values leave gaps."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with replacing(Path(folder) / "log.csv") as temporary, open(temporary, "w", newline="") as file:
         table = csv.DictWriter(file, names)
         table.writeheader()
-        table.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        table.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+                        for row in rows)
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     names = [name for name in names if name != "step"]
     columns = min(4, len(names))
-    figure, axes = pyplot.subplots(math.ceil(len(names) / columns), columns, squeeze=False,
-                                   figsize=(3.2 * columns, 2.3 * math.ceil(len(names) / columns)), layout="constrained")
+    figure, axes = pyplot.subplots(math.ceil(len(names) / columns), columns, squeeze=False, figsize=(
+        3.2 * columns, 2.3 * math.ceil(len(names) / columns)), layout="constrained")
     for axis, name in zip(axes.flat, names):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         axis.plot(*zip(*points), linewidth=1.2)
@@ -1748,8 +1803,9 @@ def write_log(folder, rows):
 
 
 def print_table(scales):
-    """The "test" part of result.json as a table: a row a task, the degraded input beside the restored face."""
-    print(f"\n{'':6}{'faces':>6}  " + "".join(f"{name + ' in → out':>22}" for name in next(iter(scales.values()))["input"])
+    """The "test" part of result.json as a table: a row a task, degraded input beside the restored face."""
+    print(f"\n{'':6}{'faces':>6}  "
+          + "".join(f"{name + ' in → out':>22}" for name in next(iter(scales.values()))["input"])
           + f"{'PSNR gain, 95 % interval':>30}")
     for task, row in scales.items():
         cells = "".join(f"{row['input'][name]:>11.{digits}f} →{row['restored'][name]:>9.{digits}f}"
@@ -1760,7 +1816,7 @@ def print_table(scales):
 
 @contextlib.contextmanager
 def process_group():
-    """(rank, world) of this process: under torchrun a process group (NCCL on GPUs, gloo on CPUs), else (0, 1)."""
+    """(rank, world): under torchrun a process group (NCCL on GPUs, gloo on CPUs), else (0, 1)."""
     if "WORLD_SIZE" not in os.environ:
         yield 0, 1
         return
@@ -1774,14 +1830,16 @@ def process_group():
         torch.distributed.destroy_process_group()
 
 
-def restore_files(source, out, size, restore_crops, *, aligned=False, landmarks=None, overwrite=False, check=False, device="cpu"):
+def restore_files(source, out, size, restore_crops, *, aligned=False, landmarks=None, overwrite=False,
+                  check=False, device="cpu"):
     """Restore a file, or every picture of a folder, into the folder `out` under the same name (as PNG).
 
-    `restore_crops(crops (N,3,size,size), landmarks (N,68,2), file)` → (N,3,size,size) restores the faces of one picture.
-    `aligned`: the picture is one face crop; a square one is written at size×size, of another its middle is restored in
-    place. Otherwise every face is aligned, restored and pasted back, into a photo enlarged up to 4 times where the faces
-    are smaller than `size`. `check` also writes the input with landmarks and boxes drawn. Existing results are skipped
-    unless `overwrite`; a file that fails is named. Returns the number of failures.
+    `restore_crops(crops (N,3,size,size), landmarks (N,68,2), file)` → (N,3,size,size) restores the faces of
+    one picture. `aligned`: the picture is one face crop; a square one is written at size×size, of another
+    its middle is restored in place. Otherwise every face is aligned, restored and pasted back, into a photo
+    enlarged up to 4 times where the faces are smaller than `size`. `check` also writes the input with
+    landmarks and boxes drawn. Existing results are skipped unless `overwrite`; a file that fails is named.
+    Returns the number of failures.
     """
     source, out = Path(source), Path(out)
     if source.is_dir():
@@ -1789,13 +1847,14 @@ def restore_files(source, out, size, restore_crops, *, aligned=False, landmarks=
     elif source.is_file():
         files = [source]
     else:
-        raise InputError(f"{source}: no such file or folder; --restore wants a picture or a folder of pictures")
+        raise InputError(f"{source}: no such file or folder; "
+                         "--restore wants a picture or a folder of pictures")
     if not files:
         raise InputError(f"{source}: no pictures in it")
     stems = [file.stem for file in files]
     failures, skipped = [], 0
     for file in files:
-        name = file.stem if stems.count(file.stem) == 1 else file.name      # a.jpg and a.png do not overwrite each other
+        name = file.stem if stems.count(file.stem) == 1 else file.name  # a.jpg and a.png both get a result
         target = out / f"{name}.png"
         if target.exists() and not overwrite:
             skipped += 1
@@ -1813,14 +1872,16 @@ def restore_files(source, out, size, restore_crops, *, aligned=False, landmarks=
                     result = paste_face(result, crop, matrix)
             write_image(target, result)
             if check:
-                write_image(out / f"{name}_check.png", torch.cat([draw_landmarks(c, p) for c, p in zip(crops, local)], 2))
+                write_image(out / f"{name}_check.png",
+                            torch.cat([draw_landmarks(c, p) for c, p in zip(crops, local)], 2))
         except InputError as error:
             if len(files) == 1:
                 raise
             failures.append(f"failed: {error}")
     for failure in failures:
         print(failure, file=sys.stderr)
-    print(f"{len(files) - len(failures) - skipped} restored, {skipped} skipped (already there), {len(failures)} failed → {out}")
+    print(f"{len(files) - len(failures) - skipped} restored, {skipped} skipped (already there), "
+          f"{len(failures)} failed → {out}")
     return len(failures)
 
 
@@ -1839,7 +1900,8 @@ def _faces_of(file, size, aligned, landmarks, device):
         corner = torch.tensor([(width - side) / 2, (height - side) / 2])
         matrix = torch.cat([torch.eye(2) * ratio, ((0.5 - corner) * ratio - 0.5)[:, None]], 1)
         matrices = [matrix]
-        points = transform_points(mean_landmarks(size), invert_matrix(matrix))[None] if points is None else points[:1]
+        points = (transform_points(mean_landmarks(size), invert_matrix(matrix))[None] if points is None
+                  else points[:1])
     else:
         matrices = [face_matrix(face, size) for face in points]
     sharpest = max(torch.linalg.det(matrix[:, :2]).sqrt().item() for matrix in matrices)
@@ -1849,12 +1911,13 @@ def _faces_of(file, size, aligned, landmarks, device):
         photo = F.interpolate(photo[None], grown, mode="bicubic", antialias=True)[0].clamp(-1, 1)
         stretch = torch.tensor([grown[1] / width, grown[0] / height])
         points = (points + 0.5) * stretch - 0.5
-        matrices = [torch.cat([m[:, :2] / stretch, (m[:, 2] + m[:, :2] @ ((0.5 / stretch) - 0.5))[:, None]], 1) for m in matrices]
+        matrices = [torch.cat([m[:, :2] / stretch,
+                               (m[:, 2] + m[:, :2] @ (0.5 / stretch - 0.5))[:, None]], 1) for m in matrices]
     return photo, matrices, points
 
 
 def run_script(main):
-    """Run a script's main(); an InputError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    """Run a script's main(); an InputError becomes a line on stderr and exit status 2, Ctrl-C status 130."""
     try:
         sys.exit(main())
     except InputError as error:
