@@ -1,25 +1,29 @@
 """DFDNet: blind face restoration with deep multi-scale component dictionaries.
 
-Li, Chen, Zhou, Lin, Zuo, Zhang: "Blind Face Restoration via Deep Multi-scale Component Dictionaries", ECCV 2020.
+Li, Chen, Zhou, Lin, Zuo, Zhang: "Blind Face Restoration via Deep Multi-scale Component Dictionaries",
+ECCV 2020.
 
-Eyes, noses and mouths of different people resemble each other. So K-means over many sharp faces gives a dictionary of each
-component, at four scales of a face recognition network's features. To restore a face without a picture of the same person,
-take each of its components, find the dictionary entry that is most like it once both have the same style, and add the
-detail of that entry where the input lacks it. A decoder, modulated by these enriched features, paints the face.
+Eyes, noses and mouths of different people resemble each other. So K-means over many sharp faces gives a
+dictionary of each component, at four scales of a face recognition network's features. To restore a face
+without a picture of the same person, take each of its components, find the dictionary entry that is most
+like it once both have the same style, and add the detail of that entry where the input lacks it. A decoder,
+modulated by these enriched features, paints the face.
 
 Equation → name
     (1) build_dictionary, kmeans      (5) ConfidenceScore                 (9) adversarial_loss
     (2) DFDNet                        (6) SFTStage                       (10) the sum in train
-    (3) normalise_entries, restyle    (7) pixel_loss, perceptual_loss    (11) common.degrade, DEGRADATIONS["dfdnet"]
+    (3) normalise_entries, restyle    (7) pixel_loss, perceptual_loss    (11) common.degrade, "dfdnet"
     (4) match_features                (8) discriminator_loss
 
     python dfdnet.py --train                           # rendered faces, minutes on two CPU cores
     python dfdnet.py --evaluate                        # the trained network on people it has never seen
     python dfdnet.py --restore photo.jpg --aligned     # your picture
 
-Open in the paper, chosen here: each training image is blurred by a Gaussian or by a motion kernel with equal chance; what
-is pasted back is the change of a component, so that the input's own detail never passes through RoIAlign; where boxes
-overlap their changes are averaged. TINY differs from the paper in size, and in what Config says beside it.
+Open in the paper, chosen here: each training image is blurred by a Gaussian or by a motion kernel with equal
+chance; what is pasted back is the change of a component, so that the input's own detail never passes through
+RoIAlign; where boxes overlap their changes are averaged; the dictionary's faces are not balanced by pose and
+expression; layers the paper does not describe (MSDilate, the last convolutions) are the released network's.
+TINY differs from the paper in size, and in what Config says beside it.
 """
 import argparse
 import json
@@ -43,9 +47,9 @@ SCRIPT = "dfdnet"
 PARTS = tuple(common.COMPONENTS)           # left eye, right eye, nose, mouth
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 2. Config
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
@@ -63,18 +67,18 @@ class Config:
     confidence: bool = True                  # Eq. (5)
     width: int = 16                          # channels at full size, after the last decoder stage
     paint_blocks: int = 0                    # residual blocks there; 2 in the released network
-    residual: bool = True                    # the output is added to I^d: a short training need not learn to copy
+    residual: bool = True                    # added to I^d: a short training need not learn to copy
     released: bool = False                   # the network of the published weights, see the last chapter
 
     weight_pixel: float = 100.0              # λ_l2
-    weight_perceptual: tuple = (0.05, 0.1, 0.2, 0.4)     # λ_p,1 … λ_p,4; a tenth of the paper's, the encoder is another
-    weight_adversarial: tuple = (0.04, 0.02, 0.01, 0.01)  # λ_a,r for r = 1, 2, 4, 8; a hundredth of the paper's
+    weight_perceptual: tuple = (0.05, 0.1, 0.2, 0.4)     # λ_p,1 … λ_p,4; paper's / 10: another encoder
+    weight_adversarial: tuple = (0.04, 0.02, 0.01, 0.01)  # λ_a,r for r = 1, 2, 4, 8; paper's / 100
     discriminator_width: int = 16
     learning_rate: float = 3e-3              # 15 times the paper's: the network is small
     betas: tuple = (0.5, 0.999)              # β1, β2 of Adam
     clip: float = 1.0                        # longest gradient; the paper clips none
-    cooldown: float = 0.3                    # last part of the steps, in which the rate falls to 0; none in the paper
-    patience: int = 1                        # validations without a better reconstruction before the rate is halved
+    cooldown: float = 0.3                    # last part of the steps: the rate falls to 0; none in the paper
+    patience: int = 1                        # validations without a better loss before the rate is halved
     steps: int = 650
     batch: int = 4                           # images a process and step
     validate_every: int = 50                 # steps; also when a checkpoint is written
@@ -82,17 +86,20 @@ class Config:
 
     @property
     def part_sizes(self):
-        """(4 scales) × (4 parts): side of the resampled components; 40, 40, 25, 55 at scale 1 of 256 pixels, halved from
-        scale to scale, in proportion for other sizes; never under 4, below which Eq. (3) has no statistics to match."""
+        """(4 scales) × (4 parts): side of the resampled components; 40, 40, 25, 55 at scale 1 of 256 pixels,
+        halved from scale to scale, in proportion for other sizes; never under 4, below which Eq. (3) has no
+        statistics to match."""
         base = 512 if self.released else 256
-        return [[max(part * self.size // base >> scale, 4 if not self.released else 1) for part in (40, 40, 25, 55)]
-                for scale in range(4)]
+        return [[max(part * self.size // base >> scale, 4 if not self.released else 1)
+                 for part in (40, 40, 25, 55)] for scale in range(4)]
 
 
 TINY = Config()
-PAPER = replace(TINY, preset="paper", size=256, encoder="vgg", entries=256, dictionary_images=10_000, width=64, paint_blocks=2,
-                residual=False, weight_perceptual=(0.5, 1.0, 2.0, 4.0), weight_adversarial=(4.0, 2.0, 1.0, 1.0), discriminator_width=64, learning_rate=2e-4, clip=math.inf, cooldown=0,
-                steps=400_000, batch=8, validate_every=5_000)     # the paper gives 4 days on 4 V100s, not steps or batch
+PAPER = replace(TINY, preset="paper", size=256, encoder="vgg", entries=256, dictionary_images=10_000,
+                width=64, paint_blocks=2, residual=False, weight_perceptual=(0.5, 1.0, 2.0, 4.0),
+                weight_adversarial=(4.0, 2.0, 1.0, 1.0), discriminator_width=64, learning_rate=2e-4,
+                clip=math.inf, cooldown=0, patience=0, steps=400_000, batch=8, validate_every=5_000)
+# The paper gives 4 days on 4 V100s, not steps or batch.
 RELEASED = replace(PAPER, preset="released", size=512, released=True, entries=512, batch=2)
 PRESETS = {"tiny": TINY, "paper": PAPER, "released": RELEASED}
 VARIANTS = {                                 # Tables 2 and 3 of the paper
@@ -100,23 +107,23 @@ VARIANTS = {                                 # Tables 2 and 3 of the paper
     "no-confidence": {"confidence": False}, **{f"k{k}": {"entries": k} for k in (16, 64, 128, 256, 512)}}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 3. Network
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 def crop_components(features, boxes, stride, sizes):
-    """RoIAlign of the four components: features (B,C,h,w) of `stride` pixels each, boxes (B,4,4) → four (B,C,size,size)."""
+    """RoIAlign: features (B,C,h,w) of `stride` pixels each, boxes (B,4,4) → four parts (B,C,size,size)."""
     sample = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None]
-    features = features.float().contiguous()         # what RoIAlign works on: converted once, not once a component
-    return [roi_align(features, torch.cat([sample, box], 1), size, 1 / stride, sampling_ratio=2, aligned=True)
-            for box, size in zip(boxes.unbind(1), sizes)]
+    features = features.float().contiguous()    # for RoIAlign: converted once, not once a component
+    return [roi_align(features, torch.cat([sample, box], 1), size, 1 / stride, sampling_ratio=2,
+                      aligned=True) for box, size in zip(boxes.unbind(1), sizes)]
 
 
 def paste_components(parts, boxes, stride, shape):
-    """Reverse RoIAlign: four (B,C,size,size) resampled into their boxes on an empty map of `shape` (h,w) → (B,C,h,w).
+    """Reverse RoIAlign: four (B,C,size,size) resampled into their boxes, else 0; shape (h,w) → (B,C,h,w).
 
-    Bilinear resampling is separable, so a part becomes Y · part · Xᵀ with two small matrices, zero outside the box. Where
-    boxes overlap, the mean is taken.
+    Bilinear resampling is separable, so a part becomes Y · part · Xᵀ with two small matrices, zero outside
+    the box. Where boxes overlap, the mean is taken.
     """
     total, cover = 0, 0
     for part, box in zip(parts, boxes.unbind(1)):
@@ -124,10 +131,10 @@ def paste_components(parts, boxes, stride, shape):
         for low, high, length in ((box[:, 1], box[:, 3], shape[0]), (box[:, 0], box[:, 2], shape[1])):
             low, high, size = low[:, None] / stride, high[:, None] / stride, part.shape[-1]
             centre = torch.arange(length, device=box.device) + 0.5
-            position = ((centre - low) / (high - low) * size - 0.5).clamp(0, size - 1)                 # (B,length)
+            position = ((centre - low) / (high - low) * size - 0.5).clamp(0, size - 1)          # (B,length)
             hat = (1 - (position[:, :, None] - torch.arange(size, device=box.device)).abs()).clamp(min=0)
             inside.append(((centre > low) & (centre < high)).float())
-            weights.append(hat * inside[-1][:, :, None])                                               # (B,length,size)
+            weights.append(hat * inside[-1][:, :, None])                            # (B,length,size)
         total = total + weights[0][:, None] @ part.float() @ weights[1][:, None].transpose(2, 3)
         cover = cover + (inside[0][:, :, None] * inside[1][:, None])[:, None]
     return total / cover.clamp(min=1)
@@ -140,26 +147,27 @@ def statistics(part):
 
 
 def normalise_entries(entries):
-    """The bracket of Eq. (3): (Dic − μ(Dic)) / σ(Dic), (K,C,h,w) → the same. Depends on no input: done once."""
+    """The bracket of Eq. (3): (Dic − μ(Dic)) / σ(Dic), (K,C,h,w) → the same. Needs no input: done once."""
     mean, deviation = statistics(entries)
     return (entries.float() - mean) / deviation
 
 
 def restyle(normalised, part):
-    """Eq. (3), CAdaIN: RDic = σ(F^d) · normalised + μ(F^d); both (B,C,h,w). (The text below Eq. (3) swaps the words for
-    σ and μ: σ is the standard deviation.)"""
+    """Eq. (3), CAdaIN: RDic = σ(F^d) · normalised + μ(F^d); both (B,C,h,w). (The text below Eq. (3) swaps
+    the words for σ and μ: σ is the standard deviation.)"""
     mean, deviation = statistics(part)
     return deviation * normalised + mean
 
 
 def match_features(part, normalised, cadain=True):
-    """Eq. (4): the entry k with the highest S_k = ⟨F^d, RDic_k⟩. part (B,C,h,w), normalised (K,C,h,w) → indices (B,).
+    """Eq. (4): k of the highest S_k = ⟨F^d, RDic_k⟩. part (B,C,h,w), normalised (K,C,h,w) → indices (B,).
 
-    Re-norming all K entries for every input is not needed. With Z_k the normalised entry, RDic_k = σ Z_k + μ, and
-        S_k = Σ_c σ_c ⟨F_c, Z_k,c⟩ + Σ_c μ_c Σ F_c.
-    The last sum is the same for all k, so it cannot change the winner, and what is left is one matrix product of the
-    vector σ·F with the fixed matrix Z. As every Z_k,c sums to 0, F may be centred first, which keeps the numbers small:
-    the dropped constant is a thousand times larger than the differences between entries. Without CAdaIN, S_k = ⟨F, Dic_k⟩.
+    Re-norming all K entries for every input is not needed. With Z_k the normalised entry, RDic_k = σ Z_k + μ
+    and S_k = Σ_c σ_c ⟨F_c, Z_k,c⟩ + Σ_c μ_c Σ F_c.
+    The last sum is the same for all k, so it cannot change the winner, and what is left is one matrix
+    product of the vector σ·F with the fixed matrix Z. As every Z_k,c sums to 0, F may be centred first, to
+    keep the numbers small: the dropped constant is a thousand times larger than the differences between
+    entries. Without CAdaIN, S_k = ⟨F, Dic_k⟩.
     """
     query = part.float()
     if cadain:
@@ -169,17 +177,21 @@ def match_features(part, normalised, cadain=True):
 
 
 def convolution(before, after, dilation=1):
-    """3×3 under spectral norm, with zero padding that keeps the size: all layers of the released network but the last."""
+    """3×3 under spectral norm, zero-padded to the same size: all of the released network's but the last."""
     return spectral_norm(nn.Conv2d(before, after, 3, padding=dilation, dilation=dilation))
 
 
 def pair(before, after, dilation=1):
-    """Two convolutions with a LeakyReLU between: the block that scores confidence, scales, shifts and dilates."""
-    return nn.Sequential(convolution(before, after, dilation), nn.LeakyReLU(0.2), convolution(after, after, dilation))
+    """Two convolutions, a LeakyReLU between: the block that scores confidence, scales, shifts, dilates."""
+    return nn.Sequential(convolution(before, after, dilation), nn.LeakyReLU(0.2),
+                         convolution(after, after, dilation))
 
 
 class ConfidenceScore(nn.Module):
-    """Eq. (5): F̂ = F^d + RDic* · F_Conf(RDic* − F^d). The less the input lacks, the less is added. (B,C,h,w) each."""
+    """Eq. (5): F̂ = F^d + RDic* · F_Conf(RDic* − F^d). (B,C,h,w) each.
+
+    The score is a convolution's output, bounded by nothing: small where F^d lacks little only if so learned.
+    """
 
     def __init__(self, channels):
         super().__init__()
@@ -190,11 +202,11 @@ class ConfidenceScore(nn.Module):
 
 
 class DFTBlock(nn.Module):
-    """Dictionary feature transfer at one scale: RoIAlign, CAdaIN, match, confidence, reverse RoIAlign (Figure 1b)."""
+    """Dictionary feature transfer at one scale: RoIAlign, CAdaIN, match, confidence, reverse (Figure 1b)."""
     def __init__(self, channels, sizes, stride, cfg):
         super().__init__()
         self.sizes, self.stride, self.cadain = sizes, stride, cfg.cadain
-        for name, size in zip(PARTS, sizes):         # kept beside the checkpoint, in dictionary.pt: gigabytes at full size
+        for name, size in zip(PARTS, sizes):         # kept in dictionary.pt: gigabytes at full size
             self.register_buffer(name, torch.zeros(cfg.entries, channels, size, size), persistent=False)
         self.confidence = nn.ModuleList(ConfidenceScore(channels) for _ in PARTS) if cfg.confidence else None
 
@@ -205,18 +217,19 @@ class DFTBlock(nn.Module):
             setattr(self, name, normalise_entries(entries) if self.cadain else entries.float())
 
     def forward(self, features, boxes):
-        changes = []
-        for index, part in enumerate(crop_components(features, boxes, self.stride, self.sizes)):   # four sizes: a loop
+        changes = []                                 # a loop, as the four sizes differ
+        for index, part in enumerate(crop_components(features, boxes, self.stride, self.sizes)):
             entries = getattr(self, PARTS[index])
             matched = entries[match_features(part, entries, self.cadain)]
             matched = restyle(matched, part) if self.cadain else matched
-            changes.append(self.confidence[index](part, matched) - part if self.confidence else matched - part)
+            changes.append(self.confidence[index](part, matched) - part if self.confidence
+                           else matched - part)
         change = paste_components(changes, boxes, self.stride, features.shape[2:])
         return features + change.to(features.dtype, memory_format=torch.channels_last)
 
 
 class MSDilate(nn.Module):
-    """Context for the decoder's start: four pairs of convolutions, dilations 4, 3, 2, 1, fused and added to the input."""
+    """The decoder's start: four pairs of convolutions, dilations 4, 3, 2, 1, fused, added to the input."""
 
     def __init__(self, channels):
         super().__init__()
@@ -228,10 +241,8 @@ class MSDilate(nn.Module):
 
 
 class SFTStage(nn.Module):
-    """A decoder stage with Eq. (6): SFT = α ⊙ F^decoder + β, α and β from the enriched features F̂_s by two convolutions.
-
-    x, skip (B,before,h,w) → (B,after,2h,2w).
-    """
+    """A decoder stage with Eq. (6): SFT = α ⊙ F^decoder + β, α and β from the enriched features F̂_s by two
+    convolutions. x, skip (B,before,h,w) → (B,after,2h,2w)."""
 
     def __init__(self, before, after):
         super().__init__()
@@ -257,10 +268,10 @@ class ResidualBlock(nn.Module):
 
 
 class DFDNet(nn.Module):
-    """Eq. (2): Î = F(I^d | L^d, Dic). degraded (B,3,H,W) in [-1,1] and boxes (B,4,4) from the landmarks → restored.
+    """Eq. (2): Î = F(I^d | L^d, Dic). degraded (B,3,H,W) in [-1,1], boxes (B,4,4) from landmarks → restored.
 
-    The encoder is frozen (were it trained, its features would drift away from the dictionaries'), and a list hides it from
-    the state dict: it is kept with the dictionaries.
+    The encoder is frozen (were it trained, its features would drift away from the dictionaries'), and a list
+    hides it from the state dict: it is kept with the dictionaries.
     """
     def __init__(self, cfg, encoder):
         super().__init__()
@@ -299,12 +310,13 @@ class DFDNet(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D_r: an SN-GAN patch discriminator for images reduced r times: (B,3,H,W) → scores (B,1,h,w), every layer under SN."""
+    """D_r: an SN-GAN patch discriminator, all under SN, of images reduced r times: (B,3,H,W) → (B,1,h,w)."""
     def __init__(self, width):
         super().__init__()
         widths = (3, width, 2 * width, 4 * width)
         self.layers = nn.Sequential(
-            *[nn.Sequential(spectral_norm(nn.Conv2d(a, b, 4, 2, 1)), nn.LeakyReLU(0.2)) for a, b in zip(widths, widths[1:])],
+            *[nn.Sequential(spectral_norm(nn.Conv2d(a, b, 4, 2, 1)), nn.LeakyReLU(0.2))
+              for a, b in zip(widths, widths[1:])],
             spectral_norm(nn.Conv2d(widths[-1], 1, 3, padding=1)))
 
     def forward(self, image):
@@ -321,9 +333,9 @@ class Discriminators(nn.ModuleList):
         return [net(x) for net, x in zip(self, reduced)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 4. Losses
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 def pixel_loss(restored, target):
     """Eq. (7), first term: ‖Î − I^h‖², as a mean over pixels (the paper names it the mean square error)."""
@@ -336,19 +348,19 @@ def perceptual_loss(features, target_features, weights):
 
 
 def discriminator_loss(real, fake):
-    """Eq. (8): −Σ_r E[min(0, D_r(I_↓r) − 1)] + E[min(0, −1 − D_r(Î_↓r))]. The paper's ℓ is what D maximises; this is its
-    negative, to be minimised. real, fake: lists of score maps."""
+    """Eq. (8): −Σ_r E[min(0, D_r(I_↓r) − 1)] + E[min(0, −1 − D_r(Î_↓r))]. The paper's ℓ is what D maximises;
+    this is its negative, to be minimised. real, fake: lists of score maps."""
     return sum(F.relu(1 - r.float()).mean() + F.relu(1 + f.float()).mean() for r, f in zip(real, fake))
 
 
 def adversarial_loss(fake, weights):
-    """Eq. (9): −Σ_r λ_a,r E[D_r(Î_↓r)]."""
+    """Eq. (9): −Σ_r λ_a,r E[D_r(Î_↓r)], with λ_a,r inside the sum, as its index asks for."""
     return -sum(w * f.float().mean() for w, f in zip(weights, fake))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 5. Data
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 def load_faces(cfg, args):
     """The faces of --data, or rendered ones."""
@@ -358,8 +370,8 @@ def load_faces(cfg, args):
 
 
 class Batches(torch.utils.data.Dataset):
-    """Training batch number `step`: (degraded, target, boxes), a pure function of (seed, rank, step), so that a resumed run
-    sees what an unbroken one would have seen."""
+    """Training batch number `step`: (degraded, target, boxes), a pure function of (seed, rank, step), so
+    that a resumed run sees what an unbroken one would have seen."""
 
     def __init__(self, faces, indices, cfg, rank=0):
         self.faces, self.indices, self.cfg, self.rank = faces, indices, cfg, rank
@@ -376,10 +388,12 @@ class Batches(torch.utils.data.Dataset):
 
 
 def kmeans(points, clusters, generator, rounds=15):
-    """Lloyd's K-means from k-means++ seeds, in chunks that bound memory. points (N,D) → centres (K,D) float32, the cluster of
-    each point (N,), its squared distance to the centre (N,). A cluster that runs empty restarts at the worst-served point."""
+    """Lloyd's K-means from k-means++ seeds, in chunks that bound memory. points (N,D) → centres (K,D)
+    float32, the cluster of each point (N,), its squared distance to the centre (N,). A cluster that runs
+    empty restarts at the worst-served point."""
     if len(points) < clusters:
-        raise InputError(f"{len(points)} faces cannot make {clusters} clusters; give more faces, or a variant of fewer (k16)")
+        raise InputError(f"{len(points)} faces cannot make {clusters} clusters; give more faces, or a "
+                         "variant of fewer (k16)")
     chunks = points.split(max(2**26 // points.shape[1], 1))
     norms = torch.cat([chunk.float().square().sum(1) for chunk in chunks])
 
@@ -389,7 +403,7 @@ def kmeans(points, clusters, generator, rounds=15):
 
     seeds = [torch.randint(len(points), (), generator=generator).item()]
     nearest = distances(points[seeds].float())[:, 0]
-    while len(seeds) < clusters:                     # k-means++: the farther from all seeds, the likelier the next one
+    while len(seeds) < clusters:                     # k-means++: the farther from all seeds, the likelier
         seeds.append(torch.multinomial(nearest.cpu() + 1e-9, 1, generator=generator).item())
         nearest = nearest.minimum(distances(points[seeds[-1:]].float())[:, 0])
     centres, before = points[seeds].float(), None
@@ -410,8 +424,8 @@ def kmeans(points, clusters, generator, rounds=15):
 
 @torch.inference_mode()
 def build_dictionary(cfg, encoder, faces, indices, device, quiet=False):
-    """Eq. (1): Dic_{s,c} = K-means of the components' features in sharp faces → ({"scale1": {part: (K,C,h,w) float16}, …},
-    a picture of the faces nearest to some clusters). One pass over the faces a scale bounds memory."""
+    """Eq. (1): Dic_{s,c} = K-means of the components' features in sharp faces → ({"scale1": {part: (K,C,h,w)
+    float16}, …}, a picture of the faces nearest to some clusters). One pass a scale bounds memory."""
     indices = common.spread(indices, cfg.dictionary_images)
     dictionary, members, progress = {}, {}, common.Progress("dictionaries", 4 * len(indices), quiet=quiet)
     for scale, sizes in enumerate(cfg.part_sizes, 1):
@@ -426,14 +440,16 @@ def build_dictionary(cfg, encoder, faces, indices, device, quiet=False):
             progress.update((scale - 1) * len(indices) + start)
         dictionary[f"scale{scale}"] = {}
         for number, name in enumerate(PARTS):
-            points, shape = torch.cat(features.pop(name)), (-1, encoder.widths[scale - 1], sizes[number], sizes[number])
-            centres, cluster, distance = kmeans(points, cfg.entries, common.seeded(cfg.seed, 3, scale, number))
+            points, shape = torch.cat(features.pop(name)), (-1, encoder.widths[scale - 1],
+                                                            sizes[number], sizes[number])
+            centres, cluster, distance = kmeans(points, cfg.entries,
+                                                common.seeded(cfg.seed, 3, scale, number))
             dictionary[f"scale{scale}"][name] = centres.view(shape).half().cpu()
             members[name] = cluster, distance
     megabytes = sum(part.numel() * 2 for scale in dictionary.values() for part in scale.values()) / 2**20
     progress.close(f"{cfg.entries} entries a component and scale, {megabytes:.0f} MB")
     columns, count = {}, min(6, *(len(cluster.unique()) for cluster, _ in members.values()))
-    for number, (name, (cluster, distance)) in enumerate(members.items()):            # scale 4 groups by meaning best
+    for number, (name, (cluster, distance)) in enumerate(members.items()):   # scale 4 groups by meaning best
         rows = []
         for largest in torch.bincount(cluster).topk(count).indices:
             nearest = [i for i in distance.argsort().tolist() if cluster[i] == largest][:5]
@@ -445,15 +461,18 @@ def build_dictionary(cfg, encoder, faces, indices, device, quiet=False):
 
 
 def prepare(cfg, args, faces, train_indices, device, rank=0):
-    """The frozen part, encoder and dictionaries: from dictionary.pt in the run's folder if it fits, else built and saved."""
+    """Encoder and dictionaries, frozen: from the run's dictionary.pt if it fits, else built and saved."""
     path = Path(args.out) / "dictionary.pt"
-    key = json.dumps([faces.fingerprint, cfg.encoder, str(args.vggface), cfg.size, cfg.entries, cfg.dictionary_images, cfg.seed])
+    key = json.dumps([faces.fingerprint, cfg.encoder, str(args.vggface), cfg.size, cfg.entries,
+                      cfg.dictionary_images, cfg.seed])
     if rank == 0 and not (path.is_file() and common.load_weights(path).get("key") == key):
-        encoder = (common.load_vgg(args.vggface, not cfg.released) if cfg.encoder == "vgg" else common.recogniser(faces)).to(device)
+        encoder = (common.load_vgg(args.vggface, not cfg.released) if cfg.encoder == "vgg"
+                   else common.recogniser(faces)).to(device)
         arguments = encoder.arguments if cfg.encoder == "vgg" else {"widths": encoder.widths}
         dictionary, picture = build_dictionary(cfg, encoder, faces, train_indices, device)
         common.write_image(path.with_suffix(".png"), picture)
-        common.save_checkpoint(path, {"key": key, "arguments": arguments, "encoder": encoder.state_dict(), "dictionary": dictionary})
+        common.save_checkpoint(path, {"key": key, "arguments": arguments, "encoder": encoder.state_dict(),
+                                      "dictionary": dictionary})
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return load_frozen(cfg, path, device)
@@ -464,14 +483,15 @@ def load_frozen(cfg, path, device):
     if not path.is_file():
         raise InputError(f"{path}: missing; a checkpoint needs the dictionary.pt of its run beside it")
     frozen = common.load_weights(path)
-    encoder = common.VGG(**frozen["arguments"]) if cfg.encoder == "vgg" else common.Recogniser(**frozen["arguments"]).folded()
+    encoder = (common.VGG(**frozen["arguments"]) if cfg.encoder == "vgg"
+               else common.Recogniser(**frozen["arguments"]).folded())
     encoder.load_state_dict(frozen["encoder"])
     return encoder.to(device, memory_format=torch.channels_last), frozen["dictionary"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 6. Training
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 def train(cfg, args):
     """Train on args.data, write the run into args.out; see Config for every number."""
@@ -485,12 +505,13 @@ def train(cfg, args):
         torch.manual_seed(cfg.seed)
         net = DFDNet(cfg, encoder).to(device, memory_format=torch.channels_last)
         net.set_dictionary(dictionary)
-        discriminators = Discriminators(cfg.discriminator_width).to(device, memory_format=torch.channels_last)
+        discriminators = Discriminators(cfg.discriminator_width).to(
+            device, memory_format=torch.channels_last)
         optimizer = torch.optim.Adam(net.parameters(), cfg.learning_rate, cfg.betas)
         optimizer_d = torch.optim.Adam(discriminators.parameters(), cfg.learning_rate, cfg.betas)
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=cfg.patience)
-        parts = {"net": net, "discriminators": discriminators, "optimizer": optimizer, "optimizer_d": optimizer_d,
-                 "schedule": schedule}
+        parts = {"net": net, "discriminators": discriminators, "optimizer": optimizer,
+                 "optimizer_d": optimizer_d, "schedule": schedule}
         start, rows = 0, []
         if args.resume:
             state = common.load_checkpoint(args.checkpoint, SCRIPT, device)
@@ -499,13 +520,15 @@ def train(cfg, args):
                 part.load_state_dict(state[name])
         forward, forward_d = net, discriminators
         if world > 1:
-            forward, forward_d = (nn.parallel.DistributedDataParallel(m, broadcast_buffers=False) for m in (net, discriminators))
+            forward, forward_d = (nn.parallel.DistributedDataParallel(m, broadcast_buffers=False)
+                                  for m in (net, discriminators))
         batches = torch.utils.data.DataLoader(Batches(faces, train_indices, cfg, rank), batch_size=None,
                                               sampler=range(start, cfg.steps), num_workers=args.workers,
                                               pin_memory=device.type == "cuda", persistent_workers=False)
         progress = common.Progress(f"{SCRIPT} {cfg.variant}", cfg.steps, start, quiet=rank > 0)
         for step, batch in enumerate(batches, start + 1):
-            degraded, target = (x.to(device, non_blocking=True, memory_format=torch.channels_last) for x in batch[:2])
+            degraded, target = (x.to(device, non_blocking=True, memory_format=torch.channels_last)
+                                for x in batch[:2])
             boxes = batch[2].to(device, non_blocking=True)
             with common.autocast(device):                                       # generator
                 restored = forward(degraded, boxes)
@@ -513,12 +536,14 @@ def train(cfg, args):
                     target_features = encoder.features(target)
                 discriminators.requires_grad_(False)
                 losses = {"pixel": cfg.weight_pixel * pixel_loss(restored, target),
-                          "perceptual": perceptual_loss(encoder.features(restored), target_features, cfg.weight_perceptual),
+                          "perceptual": perceptual_loss(encoder.features(restored), target_features,
+                                                        cfg.weight_perceptual),
                           "adversarial": adversarial_loss(discriminators(restored), cfg.weight_adversarial)}
             optimizer.zero_grad(set_to_none=True)
             sum(losses.values()).backward()                                     # Eq. (10)
             nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
-            group, left = optimizer.param_groups[0], (cfg.steps - step + 1) / max(cfg.cooldown * cfg.steps, 1)
+            group, left = (optimizer.param_groups[0],
+                           (cfg.steps - step + 1) / max(cfg.cooldown * cfg.steps, 1))
             rate, group["lr"] = group["lr"], group["lr"] * min(left, 1)
             optimizer.step()
             group["lr"] = rate
@@ -530,24 +555,28 @@ def train(cfg, args):
             losses["discriminator"].backward()
             optimizer_d.step()
             last = step == cfg.steps or step % cfg.validate_every == 0
-            if last or step % 10 == 0:                                          # the only place that waits for the GPU
+            if last or step % 10 == 0:                                # the only place that waits for the GPU
                 values = {name: loss.item() for name, loss in losses.items()}
                 if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-                    raise InputError(f"step {step}: the {', '.join(bad)} loss is not finite; the last good state is in "
-                                     f"{args.checkpoint}; try a lower learning rate")
+                    raise InputError(f"step {step}: the {', '.join(bad)} loss is not finite; the last good "
+                                     f"state is in {args.checkpoint}; try a lower learning rate")
                 rows.append({"step": step, **values})
                 progress.update(step, "  ".join(f"{name} {value:.3f}" for name, value in values.items()))
             if last:
                 reconstruction, quality = validate(net, faces, common.spread(validation, 32), cfg, device)
                 if not math.isfinite(reconstruction):
-                    raise InputError(f"step {step}: the validation loss is not finite; the last good state is in {args.checkpoint}")
+                    raise InputError(f"step {step}: the validation loss is not finite; the last good state "
+                                     f"is in {args.checkpoint}")
                 schedule.step(reconstruction)
                 optimizer_d.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
-                rows[-1] |= {"validation": reconstruction, "validation_psnr": quality, "rate": optimizer.param_groups[0]["lr"]}
+                rows[-1] |= {"validation": reconstruction, "validation_psnr": quality,
+                             "rate": optimizer.param_groups[0]["lr"]}
                 if rank == 0:
-                    progress.line(f"step {step}: validation reconstruction {reconstruction:.3f}, PSNR {quality:.2f} dB")
-                    common.save_checkpoint(args.checkpoint, {"script": SCRIPT, "config": asdict(cfg), "step": step, "rows": rows,
-                                                             **{name: part.state_dict() for name, part in parts.items()}})
+                    progress.line(f"step {step}: validation reconstruction {reconstruction:.3f}, "
+                                  f"PSNR {quality:.2f} dB")
+                    common.save_checkpoint(args.checkpoint, {
+                        "script": SCRIPT, "config": asdict(cfg), "step": step, "rows": rows,
+                        **{name: part.state_dict() for name, part in parts.items()}})
                     common.write_log(out, rows)
         if rank == 0:
             progress.close()
@@ -561,36 +590,40 @@ def validate(net, faces, indices, cfg, device):
     for degraded, restored, target in restored_batches(net, faces, indices, cfg, device, None):
         with common.autocast(device):
             a, b = (net.encoder.features(x.to(device)) for x in (restored, target))
-        total = cfg.weight_pixel * pixel_loss(restored, target) + perceptual_loss(a, b, cfg.weight_perceptual).cpu()
-        loss, quality = loss + total.item() * len(target), quality + common.psnr(restored, target).sum().item()
+        total = (cfg.weight_pixel * pixel_loss(restored, target)
+                 + perceptual_loss(a, b, cfg.weight_perceptual).cpu())
+        loss, quality = (loss + total.item() * len(target),
+                         quality + common.psnr(restored, target).sum().item())
     return loss / len(indices), quality / len(indices)
 
 
 def finish(net, faces, test, cfg, args, device, seconds):
-    """Measure on held-out identities; write result.json and samples.png; print the table and where things are."""
+    """Measure on held-out people; write result.json, samples.png; print the table and where things are."""
     out, net = Path(args.out), net.eval()
-    result = {"script": SCRIPT, "variant": cfg.variant, "preset": cfg.preset, "data": str(args.data or "rendered"),
-              "size": cfg.size, "steps": cfg.steps, "seconds": round(seconds, 1),
+    result = {"script": SCRIPT, "variant": cfg.variant, "preset": cfg.preset,
+              "data": str(args.data or "rendered"), "size": cfg.size,
+              "steps": cfg.steps, "seconds": round(seconds, 1),
               "test": evaluate(net, faces, common.spread(test, 128), cfg, device)}
     common.write_json(out / "result.json", result)
-    degraded, restored, target = next(restored_batches(net, faces, common.spread(test, 6), cfg, device, None))
-    common.write_image(out / "samples.png", common.comparison_grid({"degraded": degraded, "restored": restored, "target": target}))
+    degraded, restored, target = next(
+        restored_batches(net, faces, common.spread(test, 6), cfg, device, None))
+    common.write_image(out / "samples.png", common.comparison_grid(
+        {"degraded": degraded, "restored": restored, "target": target}))
     common.print_table(result["test"])
-    written = [name for name in ("checkpoint.pt", "dictionary.pt", "dictionary.png", "config.json", "log.csv", "curves.png",
-                                 "samples.png", "result.json") if (out / name).is_file()]
+    written = [name for name in ("checkpoint.pt", "dictionary.pt", "dictionary.png", "config.json",
+                                 "log.csv", "curves.png", "samples.png", "result.json")
+               if (out / name).is_file()]
     print(f"\n{out}: {', '.join(written)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 7. Restoration
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
 def restore(net, degraded, landmarks, batch=8):
-    """Restore faces: degraded (N,3,size,size) in [-1,1], landmarks (N,68,2) → (N,3,size,size) in [-1,1], on the CPU.
-
-    Out of GPU memory, the batch is halved, with a line that says so.
-    """
+    """Restore faces: degraded (N,3,size,size) in [-1,1], landmarks (N,68,2) → (N,3,size,size) in [-1,1], on
+    the CPU. Out of GPU memory, the batch is halved, with a line that says so."""
     device, results, start = next(net.parameters()).device, [], 0
     boxes = common.component_boxes(landmarks, degraded.shape[-1])
     training = net.training
@@ -604,7 +637,8 @@ def restore(net, degraded, landmarks, batch=8):
             start += batch
         except torch.cuda.OutOfMemoryError:
             if batch == 1:
-                raise InputError("not enough GPU memory for one face; use --device cpu or a smaller --size") from None
+                raise InputError("not enough GPU memory for one face; use --device cpu or a smaller "
+                                 "--size") from None
             batch //= 2
             print(f"out of GPU memory: going on with {batch} faces at a time", file=sys.stderr)
     net.train(training)
@@ -612,7 +646,7 @@ def restore(net, degraded, landmarks, batch=8):
 
 
 def restored_batches(net, faces, indices, cfg, device, scale, batch=16):
-    """Held-out faces in batches of (degraded, restored, target); the degradation depends on (seed, scale, place) alone."""
+    """Held-out faces in batches (degraded, restored, target), degraded by (seed, scale, place) alone."""
     for start in range(0, len(indices), batch):
         target, landmarks = common.stack_faces(faces, indices[start:start + batch])
         generator = common.seeded(cfg.seed, 4, scale or 0, start)
@@ -621,7 +655,7 @@ def restored_batches(net, faces, indices, cfg, device, scale, batch=16):
 
 
 def evaluate(net, faces, indices, cfg, device):
-    """The paper's ×4 and ×8 tasks on held-out faces → the "test" part of result.json: PSNR dB, SSIM, identity in degrees."""
+    """The paper's ×4, ×8 on held-out faces → "test" of result.json: PSNR dB, SSIM, identity in degrees."""
     judge = common.recogniser(faces, "metric")
     table = {}
     for scale in (4, 8):
@@ -632,13 +666,14 @@ def evaluate(net, faces, indices, cfg, device):
                                                   common.identity_distance(judge, image, target)]))
         values = {name: torch.cat(column, 1) for name, column in columns.items()}
         table[f"x{scale}"] = {"faces": len(indices), **{
-            name: dict(zip(("psnr", "ssim", "identity"), value.mean(1).tolist())) for name, value in values.items()},
+            name: dict(zip(("psnr", "ssim", "identity"), value.mean(1).tolist()))
+            for name, value in values.items()},
             "paired_psnr_gain": common.paired_gain(values["restored"][0], values["input"][0], cfg.seed)}
     return table
 
 
 def load_network(args, device):
-    """The network of --checkpoint with its dictionaries, and its Config. Spectral norm is folded into the weights."""
+    """The network of --checkpoint with its dictionaries, and its Config. Spectral norm is folded in."""
     state = common.load_checkpoint(args.checkpoint, SCRIPT, device)
     cfg = Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in state["config"].items()})
     if args.preset and args.preset != cfg.preset:
@@ -654,9 +689,9 @@ def load_network(args, device):
     return net, cfg
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 8. Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -677,25 +712,34 @@ def main(argv=None):
     parser.error = refuse
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--train", action="store_true", help="train, then measure on held-out identities")
-    action.add_argument("--evaluate", action="store_true", help="measure a trained network on held-out identities")
+    action.add_argument("--evaluate", action="store_true",
+                        help="measure a trained network on held-out identities")
     action.add_argument("--restore", metavar="PATH", help="restore a picture, or every picture of a folder")
-    parser.add_argument("--data", metavar="DIR", help="a folder of pictures or of one folder per identity (default: rendered faces)")
-    parser.add_argument("--preset", choices=PRESETS, help="tiny (default): minutes on a CPU; paper: the paper's sizes and schedule")
+    parser.add_argument("--data", metavar="DIR",
+                        help="a folder of pictures or of one folder per identity (default: rendered faces)")
+    parser.add_argument("--preset", choices=PRESETS,
+                        help="tiny (default): minutes on a CPU; paper: the paper's sizes and schedule")
     parser.add_argument("--variant", choices=VARIANTS, help="an ablation row of the paper's Tables 2 and 3")
-    parser.add_argument("--resume", action="store_true", help="go on exactly where the last checkpoint stopped")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on exactly where the last checkpoint stopped")
     parser.add_argument("--size", type=positive, help="pixels, a multiple of 16")
     parser.add_argument("--steps", type=positive, help="training steps")
     parser.add_argument("--batch", type=positive, help="images a step and process")
     parser.add_argument("--seed", type=natural, help="fixes data, initialisation and order (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--workers", type=natural, default=0, help="processes that read and degrade images (default 0)")
-    parser.add_argument("--out", metavar="DIR", help=f"the run's folder (default runs/{SCRIPT}), or where restored pictures go (restored)")
+    parser.add_argument("--workers", type=natural, default=0,
+                        help="processes that read and degrade images (default 0)")
+    parser.add_argument("--out", metavar="DIR", help=f"the run's folder (default runs/{SCRIPT}), or where "
+                                                     "restored pictures go (restored)")
     parser.add_argument("--checkpoint", metavar="FILE", help="default: the run's own")
     parser.add_argument("--vggface", metavar="FILE", help="VGG-Face weights, the encoder of --preset paper")
-    parser.add_argument("--landmarks", metavar="DIR", help="a parallel folder of landmark files photo.jpg.txt")
-    parser.add_argument("--aligned", action="store_true", help="pictures are FFHQ-aligned crops; no landmarks needed")
+    parser.add_argument("--landmarks", metavar="DIR",
+                        help="a parallel folder of landmark files photo.jpg.txt")
+    parser.add_argument("--aligned", action="store_true",
+                        help="pictures are FFHQ-aligned crops; no landmarks needed")
     parser.add_argument("--overwrite", action="store_true", help="restore pictures again that have a result")
-    parser.add_argument("--check", action="store_true", help="also write the input with its landmarks and component boxes")
+    parser.add_argument("--check", action="store_true",
+                        help="also write the input with its landmarks and component boxes")
     args = parser.parse_args(argv)
     run = Path("runs") / (SCRIPT if args.variant in (None, "full") else f"{SCRIPT}-{args.variant}")
     if args.restore is None:
@@ -705,12 +749,15 @@ def main(argv=None):
     device = common.choose_device(args.device)
 
     if args.train:
-        chosen = {name: getattr(args, name) for name in ("size", "steps", "batch", "seed") if getattr(args, name) is not None}
+        chosen = {name: getattr(args, name) for name in ("size", "steps", "batch", "seed")
+                  if getattr(args, name) is not None}
         if args.resume:
             _, cfg = load_network(args, torch.device("cpu"))
             if (args.variant or cfg.variant) != cfg.variant:
-                raise InputError(f"{args.checkpoint}: a checkpoint of --variant {cfg.variant}, not {args.variant}")
-            if fixed := [name for name, value in chosen.items() if name != "steps" and value != getattr(cfg, name)]:
+                raise InputError(f"{args.checkpoint}: a checkpoint of --variant {cfg.variant}, "
+                                 f"not {args.variant}")
+            if fixed := [name for name, value in chosen.items()
+                         if name != "steps" and value != getattr(cfg, name)]:
                 raise InputError(f"--resume goes on with the run as it began; --{fixed[0]} cannot change")
             cfg = replace(cfg, steps=chosen.get("steps", cfg.steps))
         else:
@@ -727,20 +774,22 @@ def main(argv=None):
         finish(net, faces, test, cfg, args, device, 0.0)
         return 0
     failures = common.restore_files(
-        args.restore, args.out, cfg.size, lambda crops, landmarks, file: restore(net, crops, landmarks), aligned=args.aligned,
-        landmarks=args.landmarks, overwrite=args.overwrite, check=args.check, device=device)
+        args.restore, args.out, cfg.size, lambda crops, landmarks, file: restore(net, crops, landmarks),
+        aligned=args.aligned, landmarks=args.landmarks, overwrite=args.overwrite, check=args.check,
+        device=device)
     return 1 if failures else 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 9. Released network
-# ---------------------------------------------------------------------------------------------------------------------
-# What the authors' published weights were trained as differs from the paper: VGG-19 with its last map before the ReLU, boxes
-# cut at whole features instead of RoIAlign, the entry brought to the box's size by nearest neighbour and the confidence
-# computed there, later components over earlier ones, a blurred and twice rectified decoder input, a sigmoid on β.
+# -----------------------------------------------------------------------------------------------------------
+# What the authors' published weights were trained as differs from the paper: VGG-19 with its last map before
+# the ReLU, boxes cut at whole features instead of RoIAlign, the entry brought to the box's size by nearest
+# neighbour and the confidence computed there, later components over earlier ones, a blurred and twice
+# rectified decoder input, a sigmoid on β.
 
 class ReleasedDFTBlock(DFTBlock):
-    """DFTBlock with whole-feature boxes, one sample and component at a time, since every box has a size of its own."""
+    """DFTBlock with whole-feature boxes, one sample and component at a time: every box has its own size."""
 
     def forward(self, features, boxes):
         enriched, corners = features.clone(), (boxes.long() // self.stride).tolist()
@@ -772,14 +821,15 @@ class ReleasedSFTStage(SFTStage):
 
 
 def released_name(name):
-    """A name in the official checkpoint → ("net" or "encoder", the name here), or None for what no output depends on."""
-    spectral = {"weight_orig": "parametrizations.weight.original", "weight_u": "parametrizations.weight.0._u",
-                "weight_v": "parametrizations.weight.0._v"}
+    """A name in the official checkpoint → ("net" or "encoder", the name here), None if no output uses it."""
+    spectral = {"weight_orig": "parametrizations.weight.original",
+                "weight_u": "parametrizations.weight.0._u", "weight_v": "parametrizations.weight.0._v"}
     path = name.split(".")
     path[-1] = spectral.get(path[-1], path[-1])
     component, _, width = path[0].partition("_")
     if component in ("le", "re", "no", "mo"):
-        scale, index = {"256": 1, "128": 2, "64": 3, "32": 4}[width], ("le", "re", "no", "mo").index(component)
+        scale, index = ({"256": 1, "128": 2, "64": 3, "32": 4}[width],
+                        ("le", "re", "no", "mo").index(component))
         return "net", ".".join([f"blocks.scale{scale}.confidence.{index}.score", *path[1:]])
     if path[0] == "MSDilate":
         branch = "fuse" if path[1] == "convi" else f"branches.{int(path[1][-1]) - 1}"

@@ -100,7 +100,8 @@ def trained(face_folder, tmp_path_factory):
     """A folder in which a short training ran, and what it printed."""
     cwd = tmp_path_factory.mktemp("work")
     process = start(
-        "--train", "--data", face_folder, "--size", 64, "--steps", 6, "--batch", 2, "--device", "cpu", cwd=cwd
+        "--train", "--data", face_folder, "--size", 64, "--steps", 6, "--batch", 2,
+        "--device", "cpu", cwd=cwd,
     )
     stdout, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, stderr

@@ -1,4 +1,4 @@
-"""DFDNet: every equation against an independent form, what each loss reaches, learning on people held out."""
+"""DFDNet: every equation against an independent form, what each loss reaches, learning by a gain."""
 
 import copy
 import json
@@ -73,7 +73,7 @@ def network(dictionary_seed=0, **changes):
     cfg = replace(TINY, **changes)
     torch.manual_seed(2)
     net = dfdnet.DFDNet(cfg, encoder())
-    torch.nn.init.normal_(net.paint[-1].weight, std=0.1)  # it starts at zero, which would hide everything before it
+    torch.nn.init.normal_(net.paint[-1].weight, std=0.1)  # at zero it hides all before it
     net.set_dictionary(random_dictionary(cfg, seed=dictionary_seed))
     return net.eval()
 
@@ -920,8 +920,8 @@ def test_a_short_training_improves_held_out_faces(face_folder, tmp_path, monkeyp
 def official_names():
     """The names in the official checkpoint, from its published structure: 386 of them."""
     spectral = ("bias", "weight_orig", "weight_u", "weight_v")
-    names = [f"{part}_{width}.{i}.{kind}" for part in ("le", "re", "no", "mo") for width in (256, 128, 64, 32)
-             for i in (0, 2) for kind in spectral]
+    names = [f"{part}_{width}.{i}.{kind}" for part in ("le", "re", "no", "mo")
+             for width in (256, 128, 64, 32) for i in (0, 2) for kind in spectral]
     numbers = (0, 2, 5, 7), (10, 12, 14, 16), (19, 21, 23, 25), (28, 30, 32, 34)
     names += ["VggExtract.RGB_mean", "VggExtract.RGB_std"]
     names += [f"VggExtract.{path}.{n}.{kind}" for group, ns in enumerate(numbers) for n in ns
@@ -943,7 +943,8 @@ def test_every_tensor_of_the_released_network_has_one_official_name():
         net = dfdnet.DFDNet(replace(dfdnet.RELEASED, entries=1), encoder)
     assert len(official_names()) == len(set(official_names())) == 386
     mapped = [target for name in official_names() if (target := dfdnet.released_name(name))]
-    expected = [("net", name) for name in net.state_dict()] + [("encoder", name) for name in encoder.state_dict()]
+    expected = [("net", name) for name in net.state_dict()]
+    expected += [("encoder", name) for name in encoder.state_dict()]
     assert sorted(mapped) == sorted(expected)
     parameters = sum(p.numel() for p in net.parameters())
     assert 93.0e6 < parameters < 93.4e6          # 96.4 million, less the 3.2 million that are never used
