@@ -87,11 +87,11 @@ class Config:
     @property
     def part_sizes(self):
         """(4 scales) × (4 parts): side of the resampled components; 40, 40, 25, 55 at scale 1 of 256 pixels,
-        halved from scale to scale, in proportion for other sizes; never under 4, below which Eq. (3) has no
-        statistics to match."""
-        base = 512 if self.released else 256
-        return [[max(part * self.size // base >> scale, 4 if not self.released else 1)
-                 for part in (40, 40, 25, 55)] for scale in range(4)]
+        halved from scale to scale, in proportion for other sizes; in TINY never under 4, below which Eq. (3)
+        has no statistics to match."""
+        base, least = 512 if self.released else 256, 4 if self.encoder == "recogniser" else 1
+        return [[max(part * self.size // base >> scale, least) for part in (40, 40, 25, 55)]
+                for scale in range(4)]
 
 
 TINY = Config()

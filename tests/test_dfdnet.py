@@ -126,13 +126,15 @@ def test_variants_are_the_rows_of_tables_2_and_3():
     }
 
 
+@pytest.mark.parametrize(("preset", "least"), [(dfdnet.PAPER, 1), (TINY, 4)])
 @pytest.mark.parametrize("size", [256, 128, 64])
-def test_part_sizes_are_40_40_25_55_at_256_and_halve_from_scale_to_scale(size):
-    for scale, sizes in enumerate(replace(dfdnet.PAPER, size=size).part_sizes):
+def test_part_sizes_are_40_40_25_55_at_256_and_halve_from_scale_to_scale(size, preset, least):
+    for scale, sizes in enumerate(replace(preset, size=size).part_sizes):
         for side, paper in zip(sizes, (40, 40, 25, 55), strict=True):
             exact = paper * size / 256 / 2**scale
             assert isinstance(side, int)
-            assert side == 4 if exact < 4 else abs(side - exact) < 1
+            assert side == least if exact < least else abs(side - exact) < 1
+    assert dfdnet.PAPER.part_sizes[3] == [5, 5, 3, 6]
 
 
 # Eq. (1)
