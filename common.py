@@ -44,12 +44,15 @@ __all__ = [                   # the public names: few, and a test lists them, so
     "CACHE", "COMPONENTS", "DEGRADATIONS", "Degradation", "FFHQ_TEMPLATE", "FID", "Face", "FaceFolder",
     "IMAGE_SUFFIXES", "INNER_LIP", "InputError", "JAW", "LEFT_BROW", "LEFT_EYE", "LPIPS", "NOSE_BASE",
     "NOSE_BRIDGE", "OUTER_LIP", "Progress", "RIGHT_BROW", "RIGHT_EYE", "Range", "Recogniser",
-    "RenderedFaces", "VGG", "align_face", "angular_margin_loss", "autocast", "blur", "choose_device",
+    "RenderedFaces", "VGG", "align_face", "angular_margin_loss", "augment", "autocast",
+    "blur", "choose_device",
     "comparison_grid", "component_boxes", "degrade", "detect_landmarks", "download", "draw_landmarks",
     "face_matrix", "find_landmarks", "five_points", "frechet_distance", "gaussian_matrix",
     "identity_distance", "invert_matrix", "jpeg", "landmark_heatmaps", "landmark_mask", "load_checkpoint",
-    "load_published", "load_vgg", "load_weights", "mean_landmarks", "motion_kernels", "paired_gain",
+    "load_published", "load_vgg", "load_weights", "mean_landmarks", "mirror", "motion_kernels",
+    "paired_gain",
     "paste_face", "precision", "print_table", "process_group", "psnr", "read_image", "read_landmarks",
+    "read_references",
     "recogniser", "replacing", "restore_files", "run_script", "save_checkpoint", "seeded", "similarity",
     "split_identities", "spread", "ssim", "stack_faces", "to_uint8", "transform_points",
     "verification_accuracy", "warp_affine", "write_image", "write_json", "write_landmarks", "write_log"]
@@ -312,6 +315,12 @@ MEAN_LANDMARKS = torch.tensor([  # of rendered faces aligned to FFHQ_TEMPLATE, m
     [304, 370], [274, 381], [256, 383], [237, 381]], dtype=torch.float32)
 
 
+MIRRORED = [*range(16, -1, -1), *range(26, 16, -1), 27, 28, 29, 30, *range(35, 30, -1),
+            45, 44, 43, 42, 47, 46, 39, 38, 37, 36, 41, 40, *range(54, 47, -1), *range(59, 54, -1),
+            *range(64, 59, -1), 67, 66, 65]
+# Where each of the 68 points is found in the mirrored face.
+
+
 def mean_landmarks(size):
     """Where the landmarks of an average FFHQ-aligned crop lie, (68,2), to stand in for an aligned crop's."""
     return (MEAN_LANDMARKS + 0.5) * size / 512 - 0.5
@@ -441,6 +450,36 @@ def component_boxes(landmarks, size):
         high = torch.maximum((part.mean(1) + half).clamp(max=size), low + least)
         boxes.append(torch.cat([low, high], 1))
     return torch.stack(boxes, 1)
+
+
+def mirror(images, landmarks):
+    """Flip faces left to right: images (N,3,H,W), landmarks (N,68,2) → the same, the points in the order of
+    the 68-point scheme again (what was the left eye is now the right one)."""
+    flipped = landmarks[:, MIRRORED].clone()
+    flipped[..., 0] = images.shape[-1] - 1 - flipped[..., 0]
+    return images.flip(3), flipped
+
+
+def augment(images, landmarks, generator, crop=0.05, jitter=0.0):
+    """Random crop, flip, brightness and contrast of one person's pictures (N,3,H,W), landmarks (N,68,2).
+
+    All are flipped or none; the rest is drawn for each: scale and place change by up to `crop` of the size,
+    brightness and contrast by up to `jitter` (of a range of -1 to 1).
+    """
+    count, size = len(images), images.shape[-1]
+    scale = 1 + crop * torch.rand(count, generator=generator)                 # a part of the picture is left
+    corner = (scale - 1)[:, None] * size * torch.rand(count, 2, generator=generator)
+    light, contrast = jitter * (2 * torch.rand(2, count, 1, 1, 1, generator=generator) - 1)
+    flip = torch.rand((), generator=generator) < 0.5
+    matrix = torch.zeros(count, 2, 3)
+    matrix[:, 0, 0] = matrix[:, 1, 1] = 1 / scale
+    matrix[:, :, 2] = (2 * corner / size + 1) / scale[:, None] - 1
+    grid = F.affine_grid(matrix, images.shape, align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    landmarks = (landmarks + 0.5) * scale[:, None, None] - corner[:, None] - 0.5
+    middle = images.mean((1, 2, 3), keepdim=True)
+    images = ((images - middle) * (1 + contrast) + middle + light).clamp(-1, 1)
+    return mirror(images, landmarks) if flip else (images, landmarks)
 
 
 def landmark_mask(landmarks, size, radius=3.0):
@@ -1138,6 +1177,10 @@ class RenderedFaces(torch.utils.data.Dataset):
         image = torch.from_numpy(np.array(image)).float() / 127.5 - 1
         return Face(image, torch.from_numpy(np.array(landmarks)), int(self.identity[i]))
 
+    def landmarks(self, i):
+        """Landmarks (68,2) of item i, without its picture."""
+        return torch.from_numpy(np.array(self.data["landmarks"][i]))
+
     def others(self, i):
         """The other pictures of the person on picture i."""
         first = i // self.per_identity * self.per_identity
@@ -1165,10 +1208,10 @@ class FaceFolder(torch.utils.data.Dataset):
         if not found:
             raise InputError(f"{root}: no pictures in it; {', '.join(sorted(IMAGE_SUFFIXES))} are read")
         self.size, self.landmark_folder, self.aligned, self.total = size, landmarks, aligned, len(found)
-        self.faults, self.files = {}, []
+        self.faults, self.files, self.points = {}, [], []
         for file in found:
             try:
-                self._landmarks(file)
+                self.points.append(self._landmarks(file))
                 self.files.append(file)
             except InputError as error:
                 self._report(file, error)
@@ -1211,7 +1254,7 @@ class FaceFolder(torch.utils.data.Dataset):
         print(f"left out: {error}", file=sys.stderr)
 
     def _load(self, index):
-        image, landmarks = read_image(self.files[index]), self._landmarks(self.files[index])
+        image, landmarks = read_image(self.files[index]), self.points[index]
         height, width = image.shape[1:]
         if height != width and landmarks is not None:
             image, landmarks, _ = align_face(image, landmarks, self.size)
@@ -1245,6 +1288,10 @@ class FaceFolder(torch.utils.data.Dataset):
             if self.keep:
                 self.kept[index] = image, landmarks
         return Face(image.float() / 127.5 - 1, landmarks, int(self.identity[index]))
+
+    def landmarks(self, index):
+        """Landmarks (68,2) of item `index`, in the pixels of its file, without reading the picture."""
+        return mean_landmarks(self.size) if self.points[index] is None else self.points[index]
 
     def others(self, index):
         """Indices of the other pictures of the same identity."""
@@ -1830,27 +1877,19 @@ def process_group():
         torch.distributed.destroy_process_group()
 
 
-def restore_files(source, out, size, restore_crops, *, aligned=False, landmarks=None, overwrite=False,
-                  check=False, device="cpu"):
+def restore_files(source, out, size, restore_crops, *, aligned=False, landmarks=None,
+                  need_landmarks=False, overwrite=False, check=False, device="cpu"):
     """Restore a file, or every picture of a folder, into the folder `out` under the same name (as PNG).
 
     `restore_crops(crops (N,3,size,size), landmarks (N,68,2), file)` → (N,3,size,size) restores the faces of
     one picture. `aligned`: the picture is one face crop; a square one is written at size×size, of another
     its middle is restored in place. Otherwise every face is aligned, restored and pasted back, into a photo
-    enlarged up to 4 times where the faces are smaller than `size`. `check` also writes the input with
-    landmarks and boxes drawn. Existing results are skipped unless `overwrite`; a file that fails is named.
+    enlarged up to 4 times where the faces are smaller than `size`. An aligned crop without landmarks gets
+    the average ones, with `need_landmarks` the detector's. `check` also writes the input with landmarks and
+    boxes drawn. Existing results are skipped unless `overwrite`; a file that fails is named.
     Returns the number of failures.
     """
-    source, out = Path(source), Path(out)
-    if source.is_dir():
-        files = sorted(file for file in source.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-    elif source.is_file():
-        files = [source]
-    else:
-        raise InputError(f"{source}: no such file or folder; "
-                         "--restore wants a picture or a folder of pictures")
-    if not files:
-        raise InputError(f"{source}: no pictures in it")
+    files, out = _pictures(source, "--restore"), Path(out)
     stems = [file.stem for file in files]
     failures, skipped = [], 0
     for file in files:
@@ -1860,7 +1899,7 @@ def restore_files(source, out, size, restore_crops, *, aligned=False, landmarks=
             skipped += 1
             continue
         try:
-            photo, matrices, points = _faces_of(file, size, aligned, landmarks, device)
+            photo, matrices, points = _faces_of(file, size, aligned, landmarks, need_landmarks, device)
             crops = torch.stack([warp_affine(photo, matrix, size, size, "border") for matrix in matrices])
             local = torch.stack([transform_points(p, m) for p, m in zip(points, matrices)])
             restored = restore_crops(crops, local, file).float().cpu()
@@ -1885,13 +1924,50 @@ def restore_files(source, out, size, restore_crops, *, aligned=False, landmarks=
     return len(failures)
 
 
-def _faces_of(file, size, aligned, landmarks, device):
+def read_references(source, size, *, aligned=False, landmarks=None, need_landmarks=False, device="cpu"):
+    """Pictures of one person, a file or a folder, for the guided methods: the largest face of each.
+
+    → images (N,3,size,size), their landmarks (N,68,2), the files. Options as for restore_files. In a
+    folder, a file that fails is named on stderr and left out; if none is left, InputError.
+    """
+    images, points, used, files = [], [], [], _pictures(source, "--reference")
+    for file in files:
+        try:
+            photo, matrices, faces = _faces_of(file, size, aligned, landmarks, need_landmarks, device)
+        except InputError as error:
+            if len(files) == 1:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        largest = min(range(len(matrices)), key=lambda i: torch.linalg.det(matrices[i][:, :2]).item())
+        images.append(warp_affine(photo, matrices[largest], size, size, "border"))
+        points.append(transform_points(faces[largest], matrices[largest]))
+        used.append(file)
+    if not used:
+        raise InputError(f"{source}: none of its {len(files)} pictures can be used as a reference")
+    return torch.stack(images), torch.stack(points), used
+
+
+def _pictures(source, option):
+    """The picture files a command line names: one, or those of a folder, sorted."""
+    source = Path(source)
+    if not source.exists():
+        raise InputError(f"{source}: no such file or folder; "
+                         f"{option} wants a picture or a folder of pictures")
+    files = [source] if source.is_file() else sorted(
+        file for file in source.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise InputError(f"{source}: no pictures in it")
+    return files
+
+
+def _faces_of(file, size, aligned, landmarks, need_landmarks, device):
     """A picture's pixels (enlarged where its faces are small), crop matrices and landmarks of its faces."""
     photo, path = read_image(file), find_landmarks(file, landmarks)
     height, width = photo.shape[1:]
     if path is not None:
         points = read_landmarks(path, (height, width), several=True)
-    elif aligned:
+    elif aligned and not need_landmarks:
         points = None
     else:
         points = detect_landmarks(photo, device, file)

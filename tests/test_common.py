@@ -28,16 +28,18 @@ import common
 from common import Degradation, InputError, Range
 
 PUBLIC = """
-    CACHE COMPONENTS DEGRADATIONS Degradation FFHQ_TEMPLATE FID Face FaceFolder IMAGE_SUFFIXES INNER_LIP
-    InputError JAW LEFT_BROW LEFT_EYE LPIPS NOSE_BASE NOSE_BRIDGE OUTER_LIP Progress RIGHT_BROW
-    RIGHT_EYE Range Recogniser RenderedFaces VGG align_face angular_margin_loss autocast blur
-    choose_device comparison_grid component_boxes degrade detect_landmarks download draw_landmarks
-    face_matrix find_landmarks five_points frechet_distance gaussian_matrix identity_distance
-    invert_matrix jpeg landmark_heatmaps landmark_mask load_checkpoint load_published load_vgg
-    load_weights mean_landmarks motion_kernels paired_gain paste_face precision print_table
-    process_group psnr read_image read_landmarks recogniser replacing restore_files run_script
-    save_checkpoint seeded similarity split_identities spread ssim stack_faces to_uint8 transform_points
-    verification_accuracy warp_affine write_image write_json write_landmarks write_log""".split()
+    CACHE COMPONENTS DEGRADATIONS Degradation FFHQ_TEMPLATE FID Face FaceFolder IMAGE_SUFFIXES
+    INNER_LIP InputError JAW LEFT_BROW LEFT_EYE LPIPS NOSE_BASE NOSE_BRIDGE OUTER_LIP Progress
+    RIGHT_BROW RIGHT_EYE Range Recogniser RenderedFaces VGG align_face angular_margin_loss augment autocast
+    blur choose_device comparison_grid component_boxes degrade detect_landmarks download
+    draw_landmarks face_matrix find_landmarks five_points frechet_distance gaussian_matrix
+    identity_distance invert_matrix jpeg landmark_heatmaps landmark_mask load_checkpoint
+    load_published load_vgg load_weights mean_landmarks mirror motion_kernels paired_gain paste_face
+    precision print_table process_group psnr read_image read_landmarks read_references recogniser
+    replacing restore_files run_script save_checkpoint seeded similarity split_identities spread
+    ssim stack_faces to_uint8 transform_points verification_accuracy warp_affine write_image
+    write_json write_landmarks write_log
+""".split()
 
 
 def test_public_names_change_only_by_decision():
