@@ -79,7 +79,7 @@ class Config:
     weight_style: float = 1e-6               # λ_style; 1 in the paper
     weight_adversarial: float = 0.02         # λ_adv; 2 in the paper
     discriminator_width: int = 16
-    learning_rate: float = 2e-3              # 10 times the paper's: the network is small
+    learning_rate: float = 1e-3              # 5 times the paper's: the network is small
     weights_rate: float = 2e-2               # of the logarithms of the landmark weights
     betas: tuple = (0.5, 0.999)              # β1, β2 of Adam
     clip: float = 1.0                        # longest gradient; the paper clips none
@@ -161,9 +161,9 @@ def moving_least_squares(landmarks, guide_landmarks, size, stride):
     for the centres of features of `stride` pixels, h = w = size / stride.
 
     With everything measured from p, p̂ is the value of the fitted map at the origin: no 3×3 inverse, and no
-    cancellation where p comes close to a landmark and its weight to infinity (distances are taken as at least
-    1e-6 pixels). All 68 weights at all positions of all samples are one tensor. Where the landmarks lie on a
-    line or in a point, a similarity or a shift takes the affine map's place.
+    cancellation where p comes close to a landmark and its weight to infinity (distances are taken as at
+    least 1e-6 pixels). All 68 weights at all positions of all samples are one tensor. Where the landmarks
+    lie on a line or in a point, a similarity or a shift takes the affine map's place.
     """
     goal, source = guide_landmarks.double()[:, None], landmarks.double()[:, None]            # (B,1,68,2)
     line = torch.arange(size // stride, device=goal.device, dtype=goal.dtype) * stride + (stride - 1) / 2
@@ -212,17 +212,22 @@ def adain(guide_features, features):
 
 
 def convolution(before, after, kernel=3, stride=1, dilation=1):
-    """A convolution under spectral norm, zero-padded to the same size."""
-    return spectral_norm(nn.Conv2d(before, after, kernel, stride, dilation * (kernel - 1) // 2, dilation))
+    """A convolution, zero-padded to the same size, with He's initialisation."""
+    layer = nn.Conv2d(before, after, kernel, stride, dilation * (kernel - 1) // 2, dilation)
+    nn.init.kaiming_normal_(layer.weight, 0.2)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class Residual(nn.Module):
-    """x + two 3×3 convolutions, a LeakyReLU between."""
+    """x + two 3×3 convolutions, a LeakyReLU between. It begins close to x."""
 
     def __init__(self, channels, first=1, second=1):
         super().__init__()
         self.body = nn.Sequential(convolution(channels, channels, dilation=first), nn.LeakyReLU(0.2),
                                   convolution(channels, channels, dilation=second))
+        with torch.no_grad():
+            self.body[-1].weight *= 0.1
 
     def forward(self, x):
         return x + self.body(x)
@@ -283,6 +288,7 @@ class ASFFBlock(nn.Module):
             self.reduce = nn.ModuleList(convolution(channels, channels // 2, 1) for _ in range(3))
             self.gate = nn.Sequential(convolution(channels // 2 * 3, channels), nn.LeakyReLU(0.2),
                                       nn.Conv2d(channels, channels, 3, padding=1), nn.Sigmoid())
+            nn.init.constant_(self.gate[-2].bias, -2.0)            # begins by trusting the degraded face
 
     def forward(self, features, guide_features, landmark_features):
         own, guided = self.refine(features), self.refine_guide(guide_features)
@@ -623,15 +629,15 @@ def validate(net, encoder, faces, indices, cfg, device):
 
 
 def finish(net, faces, test, cfg, args, device, seconds):
-    """Measure on held-out people; write result.json, samples.png, attention.png; print the table and what
-    was written."""
+    """Measure on held-out people; write result.json, samples.png (at ×4) and attention.png; print the table
+    and what was written."""
     out, net = Path(args.out), net.eval()
     result = {"script": SCRIPT, "variant": cfg.variant, "preset": cfg.preset,
               "data": str(args.data or "rendered"), "size": cfg.size,
               "steps": cfg.steps, "seconds": round(seconds, 1),
               "test": evaluate(net, faces, common.spread(test, 128), cfg, device)}
     common.write_json(out / "result.json", result)
-    batch = next(restored_batches(net, faces, common.spread(test, 6), cfg, device, None))
+    batch = next(restored_batches(net, faces, common.spread(test, 6), cfg, device, 4))
     positions = moving_least_squares(batch["landmarks"], batch["guide_landmarks"], cfg.size, 1)
     batch["aligned guide"] = warp_features(batch["guide"], positions, 1)
     common.write_image(out / "samples.png", common.comparison_grid({name: batch[name] for name in (
@@ -866,8 +872,212 @@ def main(argv=None):
 # 9. Released network
 # -----------------------------------------------------------------------------------------------------------
 
+# What the authors' published weights were trained as differs from the paper: two fixed groups of landmarks
+# choose the guide; AdaIN comes before the warp; the warp inverts a fit around the guide's landmarks, leaves
+# the jaw out, and is half a feature off; the attention is bounded by nothing; a block fuses twice; bilinear
+# doublings paint the picture. All of it under spectral norm.
+
+def normed(*sizes, bias=True, **options):
+    """`convolution` under spectral norm."""
+    layer = convolution(*sizes, **options)
+    if not bias:
+        layer.register_parameter("bias", None)
+    return spectral_norm(layer)
+
+
+class Skip(nn.Module):
+    """x + the layers."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.body = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+def released_pair(channels, first=1, second=1, last=nn.LeakyReLU(0.2)):
+    """Two convolutions of these dilations, a LeakyReLU after each."""
+    return [normed(channels, channels, dilation=first), nn.LeakyReLU(0.2),
+            normed(channels, channels, dilation=second), last]
+
+
+def released_extractor(width):
+    """(B,3,H,W) → (B,2·width,H/4,W/4), the first stage at full size."""
+    layers, before = [], 3
+    for level, dilations in enumerate(((7, 5), (5, 3), (3, 1))):
+        after = width * 2**level
+        layers += [normed(before, after, stride=2 if level else 1), nn.LeakyReLU(0.2),
+                   *(Skip(*released_pair(after, *dilations, nn.Identity())) for _ in range(2))]
+        before = after
+    return nn.Sequential(*layers, normed(before, 2 * width), nn.LeakyReLU(0.2))
+
+
+def released_distance(landmarks, exemplar_landmarks):
+    """Distance of each exemplar, (B,K): 1.01 · eyes and brows + 1.49 · mouth, each the root of the unweighted
+    D_a² of Eq. (2). landmarks (B,68,2), exemplar_landmarks (B,K,68,2)."""
+    eyes, mouth = torch.zeros(2, 68, device=landmarks.device)
+    eyes[17:27] = eyes[36:48] = mouth[48:] = 1
+    return sum(share * affine_distance(landmarks, exemplar_landmarks, group).sqrt()
+               for share, group in ((1.01, eyes), (1.49, mouth)))
+
+
+def released_mask(landmarks, size):
+    """Squares of about 7 pixels at landmarks 17-67, none within 3 pixels of the top and left edges or 2 of
+    the others: (B,68,2) → (B,1,size,size), 0 or 1."""
+    points = landmarks[:, 17:, :, None]
+    inside = ((points >= 3) & (points < size - 2)).all(2, keepdim=True)
+    pixels = torch.arange(size, device=landmarks.device)
+    x, y = (inside & (pixels >= points.floor() - 3) & (pixels <= points.ceil() + 2)).float().unbind(2)
+    return (y.transpose(1, 2) @ x).clamp(max=1)[:, None]
+
+
+def released_warp(features, landmarks, guide_landmarks, stride):
+    """Moving least squares X
+    p to the degraded face's q is fitted, weights 1 / ‖p − v‖², and inverted: t = (v − q*) Q⁻¹ P + p*.
+
+    features (B,C,n,n), landmarks in pixels → (B,C,n,n). Positions beyond the map's ends become 0.
+    """
+    goal, source = (points[:, None, 17:].double() / stride for points in (guide_landmarks, landmarks))
+    size = features.shape[-1]
+    line = torch.arange(size, device=features.device, dtype=torch.float64)
+    points = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(1, -1, 1, 2)
+    weights = 1 / ((goal - points).square().sum(-1, keepdim=True) + 2e-8)                # (B,n·n,51,1)
+    goal_centre, centre = ((weights * x).sum(2, keepdim=True) / weights.sum(2, keepdim=True)
+                           for x in (goal, source))
+    weighted = (weights * (goal - goal_centre)).transpose(-1, -2)
+    position = (points - centre) @ torch.linalg.inv(weighted @ (source - centre)) @ (
+        weighted @ (goal - goal_centre)) + goal_centre
+    position = torch.where((position < 0) | (position > size - 1), 0.0, position)
+    grid = (position.view(-1, size, size, 2) / (size / 2) - 1).float()
+    return F.grid_sample(features.float(), grid, align_corners=False)
+
+
+class ReleasedFusion(nn.Module):
+    """Eq. (8) with an attention that no sigmoid bounds; the last of nine is all under spectral norm."""
+
+    def __init__(self, channels, last=False):
+        super().__init__()
+        self.refine, self.refine_guide = (nn.Sequential(*released_pair(channels, last=nn.Identity()))
+                                          for _ in range(2))
+        self.reduce = nn.ModuleList(normed(channels, channels // 2, 1) for _ in range(3))
+        gate = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.gate = nn.Sequential(normed(channels // 2 * 3, channels, bias=False), nn.LeakyReLU(0.2),
+                                  spectral_norm(gate) if last else gate)
+
+    def forward(self, features, guide_features, landmark_features):
+        own, guided = self.refine(features), self.refine_guide(guide_features)
+        mask = self.gate(torch.cat([reduce(x) for reduce, x in zip(
+            self.reduce, (landmark_features, own, guided))], 1))
+        return own + (guided - own) * mask, mask
+
+
+class ReleasedBlock(nn.Module):
+    """x + two fusions, each followed by two convolutions."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.fusions = nn.ModuleList(ReleasedFusion(channels) for _ in range(2))
+        self.convolutions = nn.ModuleList(nn.Sequential(
+            normed(channels, channels, 5), nn.LeakyReLU(0.2), normed(channels, channels), nn.LeakyReLU(0.2))
+            for _ in range(2))
+
+    def forward(self, features, guide_features, landmark_features):
+        x = features
+        for fusion, layers in zip(self.fusions, self.convolutions):
+            x, mask = fusion(x, guide_features, landmark_features)
+            x = layers(x)
+        return features + x, mask
+
+
+class ReleasedContext(nn.Module):
+    """MSDilate: x + four convolutions of dilations 4, 3, 2, 1, fused."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.branches = nn.ModuleList(normed(channels, channels // 2, dilation=d) for d in (4, 3, 2, 1))
+        self.fuse = nn.Sequential(normed(2 * channels, channels), nn.LeakyReLU(0.2),
+                                  normed(channels, channels))
+
+    def forward(self, x):
+        return x + self.fuse(torch.cat([F.leaky_relu(branch(x), 0.2) for branch in self.branches], 1))
+
+
 class ReleasedASFFNet(nn.Module):
-    pass
+    """The network of ASFFNet512.pth; interface and shapes of ASFFNet."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        channels, width = cfg.channels, cfg.channels // 2
+        self.cfg, self.attention = cfg, []
+        self.extract, self.extract_guide = released_extractor(width), released_extractor(width)
+        self.extract_landmarks = landmark_features(channels)
+        self.refine_guide = nn.Sequential(
+            normed(channels, channels, 1), nn.LeakyReLU(0.2), Skip(*released_pair(channels)),
+            normed(channels, channels, 1), nn.LeakyReLU(0.2), Skip(*released_pair(channels)),
+            normed(channels, channels, 1), nn.LeakyReLU(0.2))
+        self.blocks = nn.ModuleList([*(ReleasedBlock(channels) for _ in range(4)),
+                                     ReleasedFusion(channels, last=True)])
+        self.context = ReleasedContext(channels)
+
+        def double():
+            return nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+
+        def group(channels, dilation):
+            return nn.Sequential(Skip(*released_pair(channels)),
+                                 Skip(*released_pair(channels, dilation, dilation)))
+
+        self.reconstruct = nn.Sequential(
+            double(), normed(channels, channels), nn.LeakyReLU(0.2), group(channels, 2),
+            normed(channels, width), nn.LeakyReLU(0.2), group(width, 2),
+            double(), group(width, 1), normed(width, 3), nn.Tanh())
+
+    def select(self, landmarks, exemplar_landmarks):
+        return released_distance(landmarks, exemplar_landmarks).argmin(1)
+
+    def forward(self, degraded, guide, landmarks, guide_landmarks):
+        features, self.attention = self.extract(degraded), []
+        guided = adain(self.extract_guide(guide), features)
+        guided = self.refine_guide(released_warp(guided, landmarks, guide_landmarks, STRIDE))
+        marks, x = self.extract_landmarks(released_mask(landmarks, self.cfg.size)), features
+        for block in self.blocks:
+            x, mask = block(x, guided, marks)
+            self.attention.append(mask.detach())
+        return self.reconstruct(self.context(x) + features).float()
+
+
+def released_name(name):
+    """A name in the official checkpoint → the name here; one to one."""
+    path = name.split(".")
+    path[-1] = {"weight_orig": "parametrizations.weight.original",
+                "weight_u": "parametrizations.weight.0._u",
+                "weight_v": "parametrizations.weight.0._v"}.get(path[-1], path[-1])
+    models = {"LQ_Model": "extract", "Ref_Model": "extract_guide", "Mask_CModel": "extract_landmarks",
+              "Component_CModel": "refine_guide", "UpModel": "reconstruct", "MSDilate": "context"}
+    gates = {"MaskConcat": ("reduce", "0"), "DegradedConcat": ("reduce", "1"), "RefConcat": ("reduce", "2"),
+             "MaskModel": ("gate",), "DegradedModel": ("refine",), "RefModel": ("refine_guide",)}
+    model, *rest = path
+    if model == "sff_branch":
+        number, *rest = rest
+        inner = ()
+        if number != "4":
+            inner = ("fusions" if rest[0][:3] == "sff" else "convolutions", rest[0][-1])
+            rest = rest[1:]
+        if rest[0] in gates:
+            kind = gates[rest[0]]
+            rest = [*kind, *rest[2 if kind[0] == "reduce" else 1:]]
+        return ".".join(["blocks", number, *inner, *rest])
+    if model in ("LQ_Model", "Ref_Model"):
+        stage, *rest = rest                                      # conv1 … conv4, or stem1_1 … stem3_2
+        place = 4 * (int(stage[4]) - 1) + (1 + int(stage[6]) if stage.startswith("stem") else 0)
+        rest = [str(place), *(["body", *rest[1:]] if stage.startswith("stem") else rest[1:])]
+    elif model == "MSDilate":
+        rest = (["fuse", *rest[1:]] if rest[0] == "convi"
+                else ["branches", str(int(rest[0][-1]) - 1), *rest[2:]])
+    else:
+        inner = {"model": (), "Model": ("body",), "Model0": ("0", "body"), "Model1": ("1", "body")}
+        rest = [word for part in rest for word in inner.get(part, (part,))]
+    return ".".join([models[model], *rest])
 
 
 if __name__ == "__main__":

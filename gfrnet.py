@@ -73,8 +73,8 @@ class Config:
     betas: tuple = (0.5, 0.999)              # β1, β2 of Adam
     cooldown: float = 0.3                    # last part of the steps: the rate falls to 0; none in the paper
     patience: int = 3                        # validations without a better loss before the rate is cut
-    warp_steps: int = 300                    # of the steps: WarpNet alone, on the flow loss
-    steps: int = 1200
+    warp_steps: int = 1000                   # of the steps: WarpNet alone, on the flow loss
+    steps: int = 1700
     crop: float = 0.05                       # largest random change of scale and place, parts of the size
     batch: int = 8                           # pairs a process and step
     validate_every: int = 100                # steps; also when a checkpoint is written
@@ -89,7 +89,7 @@ PAPER = replace(TINY, preset="paper", size=256, encoder="vgg", width=64, residua
                 validate_every=20_273)       # 20,273 pairs are an epoch
 PRESETS = {"tiny": TINY, "paper": PAPER}
 VARIANTS = {                                 # Table 1: Full, -F, -W, -W2, -WG, -WG2, R
-    "full": {}, "no-flow-loss": {"weight_landmark": 0.0, "weight_tv": 0.0, "warp_steps": 0},
+    "full": {}, "no-flow-loss": {"weight_landmark": 0.0, "weight_tv": 0.0},
     "no-warp": {"warped": False}, "no-warp-2x": {"warped": False, "rec_width": 2},
     "no-guide": {"guided": False, "warped": False},
     "no-guide-2x": {"guided": False, "warped": False, "rec_width": 2}, "random-guide": {"stranger": True}}
@@ -410,7 +410,7 @@ def train(cfg, args):
         net = GFRNet(cfg).to(device, memory_format=torch.channels_last)
         discriminators = Discriminators(cfg.discriminator_width).to(
             device, memory_format=torch.channels_last)
-        optimizer = torch.optim.Adam(net.parameters(), cfg.learning_rate, cfg.betas)
+        optimizer = torch.optim.Adam(net.parameters(), cfg.learning_rate, cfg.betas, fused=True)
         optimizer_d = torch.optim.Adam(discriminators.parameters(), cfg.learning_rate, cfg.betas)
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, factor=0.1, patience=cfg.patience, min_lr=cfg.learning_rate / 100, eps=0)
@@ -434,7 +434,7 @@ def train(cfg, args):
             degraded, target, guide = (x.to(device, non_blocking=True, memory_format=torch.channels_last)
                                        for x in batch[:3])
             landmarks, guide_landmarks = (x.to(device, non_blocking=True) for x in batch[3:])
-            alone = cfg.warped and step <= cfg.warp_steps                       # WarpNet's pre-training
+            alone = step <= cfg.warp_steps                                      # WarpNet's pre-training
             with common.autocast(device):                                       # generator
                 losses = {}
                 if alone:
@@ -516,15 +516,15 @@ def validate(net, encoder, faces, indices, cfg, device):
 
 
 def finish(net, faces, test, cfg, args, device, seconds):
-    """Measure on held-out people; write result.json, samples.png, flow.png; print the table and what was
-    written."""
+    """Measure on held-out people; write result.json, samples.png (at ×4) and flow.png; print the table and
+    what was written."""
     out, net = Path(args.out), net.eval()
     result = {"script": SCRIPT, "variant": cfg.variant, "preset": cfg.preset,
               "data": str(args.data or "rendered"), "size": cfg.size,
               "steps": cfg.steps, "seconds": round(seconds, 1),
               "test": evaluate(net, faces, common.spread(test, 128), cfg, device)}
     common.write_json(out / "result.json", result)
-    batch = next(restored_batches(net, faces, common.spread(test, 6), cfg, device, None))
+    batch = next(restored_batches(net, faces, common.spread(test, 6), cfg, device, 4))
     shown = [name for name in ("degraded", "guide", "warped", "restored", "target")
              if (name != "warped" or cfg.warped) and (name != "guide" or cfg.guided)]
     common.write_image(out / "samples.png", common.comparison_grid({name: batch[name] for name in shown}))
@@ -744,6 +744,8 @@ def main(argv=None):
             cfg = replace(PRESETS[preset], variant=variant, **VARIANTS[variant], **chosen)
             if "steps" in chosen:                                  # as large a part of them as before
                 cfg = replace(cfg, warp_steps=cfg.warp_steps * cfg.steps // PRESETS[preset].steps)
+            if not (cfg.warped and cfg.weight_landmark):           # as many end-to-end steps as `full`
+                cfg = replace(cfg, steps=cfg.steps - cfg.warp_steps, warp_steps=0)
         if cfg.size < 64 or cfg.size & (cfg.size - 1):
             raise InputError(f"--size {cfg.size}: must be a power of two, at least 64")
         train(cfg, args)

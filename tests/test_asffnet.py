@@ -1,4 +1,4 @@
-"""ASFFNet: every equation against an independent form, the choice of exemplars, variants, what is trained."""
+"""ASFFNet: every equation against an independent form, choice of exemplars, variants, training."""
 
 import copy
 import json
@@ -62,12 +62,14 @@ def encoder():
     return net
 
 
-def randomised(module, spread=0.3):
-    """Every parameter random: some start at zero, which would hide what depends on them."""
+def randomised(module):
+    """Every parameter random but those under spectral norm, which are: some start at zero or near it, which
+    would hide what depends on them."""
     draw = generator(5)
     with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and "parametrizations" not in name:
+                spread = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.2
                 parameter.copy_(torch.randn(parameter.shape, generator=draw) * spread)
     return module
 
@@ -138,10 +140,10 @@ def test_the_rows_of_table_1_share_their_faces_and_have_enough_of_each_person():
 # Eq. (2) and (3)
 
 
-def weighted_fit(source, goal, weights, similarity=False):
-    """The best weighted affine map, or similarity, of points (68,2), by least squares → a function."""
+def weighted_fit(source, goal, weights, similarity=False, least=None):
+    """The best weighted affine map, or similarity, of points (68,2), by least squares: (2,3)."""
     source, goal = np.asarray(source, float), np.asarray(goal, float)
-    root, (x, y), one, none = np.sqrt(np.asarray(weights, float)), source.T, 1 + 0 * source[:, 0], np.zeros(68)
+    root, (x, y), one, none = np.sqrt(np.asarray(weights, float)), source.T, np.ones(68), np.zeros(68)
     if similarity:
         rows = np.concatenate([np.stack([x, -y, one, none], 1), np.stack([y, x, none, one], 1)])
         twice = np.concatenate([root, root])
@@ -149,16 +151,17 @@ def weighted_fit(source, goal, weights, similarity=False):
         matrix = np.array([[a, -b, u], [b, a, v]])
     else:
         rows = np.stack([x, y, one], 1) * root[:, None]
-        matrix = np.linalg.lstsq(rows, goal * root[:, None], rcond=None)[0].T
+        matrix = np.linalg.lstsq(rows, goal * root[:, None], rcond=least)[0].T
     return matrix
 
 
-def residuals(landmarks, exemplars, weights):
-    """Squared distances (B,K,68) of Eq. (2) at the optimum, from numpy's least squares."""
+def residuals(landmarks, exemplars, weights, least=None):
+    """Squared distances (B,K,68) of Eq. (2) at the optimum, from numpy's least squares; singular values
+    below `least` times the largest are taken as zero."""
     result = np.zeros(exemplars.shape[:3])
     for b in range(exemplars.shape[0]):
         for k in range(exemplars.shape[1]):
-            matrix = weighted_fit(exemplars[b, k], landmarks[b], weights)
+            matrix = weighted_fit(exemplars[b, k], landmarks[b], weights, least=least)
             moved = exemplars[b, k].double().numpy() @ matrix[:, :2].T + matrix[:, 2]
             result[b, k] = ((moved - landmarks[b].double().numpy()) ** 2).sum(1)
     return result
@@ -199,7 +202,8 @@ def test_affine_distance_is_the_least_weighted_sum_of_squares():
     distance = asffnet.affine_distance(landmarks, exemplars, weights)
     expected = residuals(landmarks, exemplars, weights) @ weights.numpy()
     np.testing.assert_allclose(distance.numpy(), expected, rtol=1e-6)
-    affine, tilde = asffnet.fit_affine(landmarks, exemplars, weights), F.pad(exemplars.double(), (0, 1), value=1)
+    affine = asffnet.fit_affine(landmarks, exemplars, weights)
+    tilde = F.pad(exemplars.double(), (0, 1), value=1)
     for seed in range(20):  # no other map comes nearer
         other = affine + torch.randn(affine.shape, generator=generator(seed)).double() * 1e-2
         gap = tilde @ other.transpose(2, 3) - landmarks[:, None]
@@ -254,8 +258,9 @@ def test_degenerate_exemplars_have_a_distance_and_a_gradient_without_nan(kind):
     weights.requires_grad_()
     assert asffnet.fit_affine(landmarks, exemplars, weights).isfinite().all()
     distance = asffnet.affine_distance(landmarks, exemplars, weights)
-    expected = residuals(landmarks, exemplars, weights.detach()) @ weights.detach().numpy()
-    np.testing.assert_allclose(distance.detach().numpy(), expected, rtol=1e-4)
+    plain = weights.detach()  # float32 points are nearly on a line
+    expected = residuals(landmarks, exemplars, plain, least=1e-5) @ plain.numpy()
+    np.testing.assert_allclose(distance.detach().numpy(), expected, rtol=1e-3)
     (gradient,) = torch.autograd.grad(distance.sum(), weights)
     assert gradient.isfinite().all()
     landmarks[0] = degenerate(kind)  # the degraded face's
@@ -312,7 +317,7 @@ def test_ranking_loss_pulls_the_best_exemplar_and_pushes_those_within_the_margin
 
 
 def test_the_gradient_of_equation_4_in_the_weights_is_a_difference_of_squared_residuals():
-    landmarks, exemplars, weights = three_people(8)  # small faces: the margin of 1 is not far
+    landmarks, exemplars, weights = three_people(16)  # small faces: the margin of 1 is not far
     weights, best = weights.requires_grad_(), torch.tensor([2, 0, 3])
     distances = asffnet.affine_distance(landmarks, exemplars, weights)
     (gradient,) = torch.autograd.grad(asffnet.ranking_loss(distances, best), weights)
@@ -343,7 +348,8 @@ def test_one_step_on_the_landmark_weights_favours_the_exemplar_that_restores_bes
     exemplars = target[:, None] + 0.2 * torch.randn(1, 4, 3, 64, 64, generator=generator(1))
     exemplars[:, 2] = target + 0.1
     landmarks, marks = some_landmarks(1), some_landmarks(1)[:, None].repeat(1, 4, 1, 1)
-    marks += torch.randn(marks.shape, generator=generator(4)) * torch.tensor([0.05, 0.03, 0.1, 0.2])[:, None, None]
+    spread = torch.tensor([0.05, 0.03, 0.1, 0.2])[:, None, None]
+    marks += torch.randn(marks.shape, generator=generator(4)) * spread
     before = net.selection(landmarks, marks, 64)
     assert before.argmin() != 2
     expected = residuals(4 * landmarks, 4 * marks, np.ones(68))[0]
@@ -354,7 +360,8 @@ def test_one_step_on_the_landmark_weights_favours_the_exemplar_that_restores_bes
     gaps = before[0] - before[0, 2]
     assert loss.item() == pytest.approx(sum(max(0, 1 - gaps[k].item()) for k in (0, 1, 3)), rel=1e-5)
     gradient = sum(expected[2] - expected[k] for k in (0, 1, 3) if gaps[k] < 1)
-    np.testing.assert_allclose(net.selection.log_weights.detach().numpy(), -gradient, rtol=1e-3, atol=1e-4)
+    moved = net.selection.log_weights.detach().numpy()
+    np.testing.assert_allclose(moved, -gradient, rtol=1e-3, atol=1e-4)
     assert asffnet.ranking_loss(net.selection(landmarks, marks, 64), torch.tensor([2])) < loss
 
 
@@ -362,7 +369,7 @@ def test_one_step_on_the_landmark_weights_favours_the_exemplar_that_restores_bes
 
 
 def places(size, stride):
-    """x, y in pixels of all features, (n,n,2): feature i covers the pixels stride·i … stride·i + stride − 1."""
+    """x, y in pixels of all features, (n,n,2): i covers the pixels stride·i … stride·i + stride − 1."""
     line = [np.mean(range(stride * i, stride * i + stride)) for i in range(size // stride)]
     return np.array([[(x, y) for x in line] for y in line])
 
@@ -430,7 +437,8 @@ def test_a_feature_on_a_landmark_goes_to_that_landmark_of_the_guide():
         landmarks[:, m] = torch.tensor([4 * column + 1.5, 4 * row + 1.5])
     moved = asffnet.moving_least_squares(landmarks, guide, 32, 4)
     for n in range(2):
-        np.testing.assert_allclose(moved[n].numpy(), solved_mls(landmarks[n], guide[n], 32, 4), atol=1e-7)
+        expected = solved_mls(landmarks[n], guide[n], 32, 4)
+        np.testing.assert_allclose(moved[n].numpy(), expected, rtol=0, atol=1e-7)
         for m, (row, column) in on.items():
             torch.testing.assert_close(moved[n, row, column], guide[n, m].double(), rtol=0, atol=1e-7)
 
@@ -469,6 +477,16 @@ def test_a_line_that_is_turned_and_scaled_turns_and_scales_the_plane(kind):
     moved = asffnet.moving_least_squares(landmarks, guide, 64, 4)
     expected = torch.from_numpy(places(64, 4)) @ turn.T + torch.tensor([4.0, 7])
     torch.testing.assert_close(moved[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("thickness", [0.1, 1e-2, 1e-3])
+def test_landmarks_near_a_line_still_have_an_affine_map(thickness):
+    landmarks = degenerate("horizontal")[None].double()
+    landmarks[..., 1] += 60 * thickness * torch.rand(68, generator=generator(1))
+    matrix = torch.tensor([[0.7, 0.4], [-0.3, 1.2]]).double()
+    moved = asffnet.moving_least_squares(landmarks, landmarks @ matrix.T, 64, 4)
+    expected = torch.from_numpy(places(64, 4)) @ matrix.T
+    torch.testing.assert_close(moved[0], expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("place", [(20.25, 31.5), (0.0, 0.0), (17.5, 21.5), (-300.0, 900.0)])
@@ -522,7 +540,7 @@ def test_degenerate_landmarks_have_gradients_without_nan(kind):
 
 
 def literal_warp(features, positions, stride):
-    """Eq. (6) as printed, with the sum over all x', y': features (B,C,h,w), positions (B,h',w',2) in pixels."""
+    """Eq. (6) with the sum over all x', y': features (B,C,h,w), positions (B,h',w',2) in pixels."""
     height, width = features.shape[2:]
     x, y = ((positions - (stride - 1) / 2) / stride).unbind(-1)
     x, y = x.clamp(0, width - 1), y.clamp(0, height - 1)  # outside, the border's value
@@ -572,8 +590,9 @@ def test_warp_features_is_differentiable_in_features_and_positions():
 
 def test_adain_gives_the_guide_the_mean_and_deviation_of_the_degraded_features():
     draw = generator(4)
-    mean, spread = torch.randn(2, 2, 5, 1, 1, generator=draw) * 4, torch.rand(2, 2, 5, 1, 1, generator=draw) * 3
-    guide, features = torch.randn(2, 2, 5, 6, 7, generator=draw) * (spread + 0.5) + mean
+    mean = torch.randn(2, 2, 5, 1, 1, generator=draw) * 4
+    spread = torch.rand(2, 2, 5, 1, 1, generator=draw) * 3 + 0.5
+    guide, features = torch.randn(2, 2, 5, 6, 7, generator=draw) * spread + mean
     styled = asffnet.adain(guide, features)
     assert styled.shape == guide.shape
     for n in range(2):
@@ -698,7 +717,8 @@ def test_a_residual_block_adds_to_its_input():
         assert (block(x) - x).abs().max() > 1e-2
         layers = [layer for layer in block.modules() if isinstance(layer, nn.Conv2d)]
         for layer in layers:  # with convolutions of zero nothing else is left
-            parametrize.remove_parametrizations(layer, "weight")
+            if parametrize.is_parametrized(layer):
+                parametrize.remove_parametrizations(layer, "weight")
             layer.weight.zero_(), layer.bias.zero_()
         assert len(layers) == 2 and torch.equal(block(x), x)
 
@@ -712,7 +732,8 @@ BLOCKS = {"1-concat": 1, "no-attention-1": 1, "1-asff": 1, "2-asff": 2, "8-asff"
 def test_every_variant_builds_runs_and_learns_with_all_its_parameters(variant):
     net = network(variant=variant, **asffnet.VARIANTS[variant])
     restored = net(*some_input())
-    assert restored.shape == (2, 3, 64, 64) and restored.dtype == torch.float32 and restored.isfinite().all()
+    assert restored.shape == (2, 3, 64, 64) and restored.dtype == torch.float32
+    assert restored.isfinite().all()
     blocks = [module for module in net.modules() if isinstance(module, asffnet.ASFFBlock)]
     assert len(blocks) == len(net.attention) == BLOCKS.get(variant, 4)
     kind = "concat" if "concat" in variant else "none" if "attention" in variant else "asff"
@@ -884,7 +905,8 @@ def test_style_loss_is_equation_13():
                 for d in range(channels):
                     for i in range(height):
                         for j in range(width):
-                            gap[c, d] += (a[n, c, i, j] * a[n, d, i, j] - b[n, c, i, j] * b[n, d, i, j]).item()
+                            gap[c, d] += (a[n, c, i, j] * a[n, d, i, j]).item()
+                            gap[c, d] -= (b[n, c, i, j] * b[n, d, i, j]).item()
             expected += (gap**2).sum() / (channels * height * width) / 3
     assert asffnet.style_loss(ours, theirs).item() == pytest.approx(expected, rel=1e-4)
 
@@ -917,7 +939,7 @@ def test_adversarial_loss_is_equation_15():
 
 
 def test_every_discriminator_convolution_has_spectral_norm_one():
-    net = randomised(asffnet.Discriminator(4), 3.0)
+    net = asffnet.Discriminator(4)
     for _ in range(80):  # power iteration
         scores = net(some_images(1))
     assert scores.shape[:2] == (1, 1) and 2 <= scores.shape[2] == scores.shape[3] < 64
@@ -925,14 +947,15 @@ def test_every_discriminator_convolution_has_spectral_norm_one():
     assert len(layers) >= 3
     for layer in layers:
         assert parametrize.is_parametrized(layer, "weight")
-        assert torch.linalg.svdvals(layer.weight.flatten(1).detach())[0].item() == pytest.approx(1, abs=0.02)
+        largest = torch.linalg.svdvals(layer.weight.flatten(1).detach())[0].item()
+        assert largest == pytest.approx(1, abs=0.02)
 
 
 # Data
 
 
 class Album:
-    """People with `counts` pictures: red is the person, green the picture, blue brightens to the right."""
+    """People with `counts` pictures: red is the person, green the picture, blue grows to the right."""
 
     fingerprint = "album"
 
@@ -945,7 +968,8 @@ class Album:
 
     def __getitem__(self, i):
         image = torch.empty(3, self.size, self.size)
-        image[0], image[1], image[2] = self.identity[i] / 20, i / 40, torch.linspace(-0.8, 0.8, self.size)
+        image[0], image[1] = self.identity[i] / 20, i / 40
+        image[2] = torch.linspace(-0.8, 0.8, self.size)
         return common.Face(image, some_landmarks(1, self.size, seed=i)[0], int(self.identity[i]))
 
     def others(self, i):
@@ -980,8 +1004,8 @@ def test_exemplars_are_other_pictures_of_the_same_person_and_all_different_while
 
 
 def test_exemplars_of_rendered_faces_are_of_the_same_identity():
-    faces = common.RenderedFaces(32, identities=3, per_identity=3)
-    for i in range(9):
+    faces = common.RenderedFaces(64, identities=6, per_identity=3)
+    for i in range(18):
         chosen = asffnet.choose_exemplars(faces, i, 2, common.seeded(i))
         assert sorted([*chosen, i]) == [3 * (i // 3) + k for k in range(3)]
 
@@ -1035,8 +1059,8 @@ def test_exemplars_of_a_batch_are_not_degraded_and_lie_where_their_landmarks_say
     cfg = replace(TINY, batch=4, jitter=0.0, crop=0.0)
     faces = Album([4, 3, 5])
     for step in range(4):
-        _, target, landmarks, exemplars, exemplar_landmarks = asffnet.Batches(faces, range(12), cfg)[step]
-        for image, marks, others, theirs in zip(target, landmarks, exemplars, exemplar_landmarks, strict=True):
+        batch = asffnet.Batches(faces, range(12), cfg)[step]
+        for image, marks, others, theirs in zip(*batch[1:], strict=True):
             images, points = torch.cat([image[None], others]), torch.cat([marks[None], theirs])
             flipped = image[2, 0, 0] > 0  # the target, and then all of them
             for (_, which), face, part in zip(numbers(images), images, points, strict=True):
@@ -1076,16 +1100,17 @@ def bilinear(image, points):
 def ramps(count, size=48):
     """Pictures whose red is x and whose green is y, from −0.5 to 0.5, with landmarks in their middle."""
     line = torch.linspace(-0.5, 0.5, size)
-    image = torch.stack([line.expand(size, size), line[:, None].expand(size, size), torch.zeros(size, size)])
+    across, down = torch.meshgrid(line, line, indexing="xy")
+    image = torch.stack([across, down, torch.zeros_like(across)])
     points = size * (0.3 + 0.4 * torch.rand(count, 68, 2, generator=generator(7)))
     return image.repeat(count, 1, 1, 1), points
 
 
 def test_augmented_landmarks_stay_on_what_they_marked():
     images, landmarks = ramps(4)
-    cfg, flips = replace(TINY, crop=0.3, jitter=0.0), 0
+    flips = 0
     for seed in range(24):
-        moved, points = asffnet.augment(images, landmarks, common.seeded(seed), cfg)
+        moved, points = common.augment(images, landmarks, common.seeded(seed), 0.3, 0.0)
         assert moved.shape == images.shape and points.shape == landmarks.shape
         flipped = bool(moved[0, 0, 0, 0] > moved[0, 0, 0, -1])
         flips += flipped
@@ -1109,17 +1134,18 @@ def test_brightness_and_contrast_change_by_at_most_the_jitter_and_for_each_pictu
     images, landmarks = some_images(4, 32) * 0.5, some_landmarks(4, 32)
     slopes, shifts = [], []
     for seed in range(12):
-        moved, points = asffnet.augment(images, landmarks, common.seeded(seed), replace(TINY, crop=0.0, jitter=0.2))
+        moved, points = common.augment(images, landmarks, common.seeded(seed), 0.0, 0.2)
         for n in range(4):
             both = [images[n], images[n].flip(2)]
-            fits = [np.polyfit(a.flatten().double(), moved[n].flatten().double(), 1, full=True) for a in both]
+            after = moved[n].flatten().double()
+            fits = [np.polyfit(before.flatten().double(), after, 1, full=True) for before in both]
             (slope, _), error, *_ = min(fits, key=lambda fit: fit[1][0])
             assert error[0] < 1e-6
             slopes.append(slope), shifts.append((moved[n].mean() - images[n].mean()).item())
     assert max(abs(slope - 1) for slope in slopes) <= 0.2001 and max(map(abs, shifts)) <= 0.2001
     assert np.std(slopes) > 0.05 and np.std(shifts) > 0.05
     assert abs(np.corrcoef(slopes, shifts)[0, 1]) < 0.5
-    bright = asffnet.augment(images * 2, landmarks, common.seeded(1), replace(TINY, jitter=0.9))[0]
+    bright = common.augment(images * 2, landmarks, common.seeded(1), 0.05, 0.9)[0]
     assert bright.abs().max() <= 1
 
 
@@ -1128,7 +1154,8 @@ def test_a_damaged_picture_is_not_replaced_by_the_picture_it_should_guide(tmp_pa
         for shot in range(count):
             file = tmp_path / person / f"{shot:02d}.png"
             common.write_image(file, some_images(1, 32, seed=shot + 1)[0])
-            common.write_landmarks(file.with_name(file.name + ".txt"), some_landmarks(1, 32, seed=shot)[0])
+            marks = some_landmarks(1, 32, seed=shot)[0]
+            common.write_landmarks(file.with_name(file.name + ".txt"), marks)
     damaged = tmp_path / "ann" / "01.png"
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 40] = bytes(40)
@@ -1193,7 +1220,11 @@ def test_restore_halves_the_batch_when_the_memory_is_full(exact, capsys, monkeyp
     assert sizes == [4, 2, 1, 1, 1, 1, 1] and torch.equal(chosen, expected[1])
     torch.testing.assert_close(restored, expected[0], rtol=1e-4, atol=1e-4)
     assert "2 faces at a time" in capsys.readouterr().err
-    monkeypatch.setattr(net, "forward", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("full")))
+
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("full")
+
+    monkeypatch.setattr(net, "forward", full)
     with pytest.raises(common.InputError, match="memory"):
         asffnet.restore(net, *batch)
 
@@ -1201,7 +1232,8 @@ def test_restore_halves_the_batch_when_the_memory_is_full(exact, capsys, monkeyp
 def test_evaluate_compares_with_the_input_on_the_same_faces_whatever_their_company(exact, monkeypatch):
     monkeypatch.setattr(common, "recogniser", lambda faces, purpose="loss": encoder())
     faces, net = common.RenderedFaces(64, identities=6, per_identity=3), network()
-    net.reconstruct[-1].weight.data.zero_(), net.reconstruct[-1].bias.data.zero_()  # it returns the input
+    for parameter in net.reconstruct[-1].parameters():
+        parameter.data.zero_()  # it returns the input
     table = asffnet.evaluate(net, faces, [0, 1, 5, 8], net.cfg, CPU)
     assert set(table) == {"x4", "x8"}
     for task in table.values():
@@ -1259,11 +1291,14 @@ class WatchedAdam(torch.optim.Adam):
         return super().step(closure)
 
 
-def cheaply(patch):
-    """Random networks in place of the trained recognisers, and float32."""
+def cheaply(patch, files=True):
+    """Random networks for trained recognisers, float32; without `files`, no file but the checkpoint."""
     patch.setattr(asffnet, "load_encoder", lambda cfg, args, faces, device: encoder())
     patch.setattr(common, "recogniser", lambda faces, purpose="loss": encoder())
     patch.setattr(common, "precision", lambda kind: torch.float32)
+    if not files:
+        patch.setattr(common, "write_log", lambda *_: None)
+        patch.setattr(asffnet, "finish", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -1282,8 +1317,8 @@ def watched(face_folder, tmp_path_factory):
         clip=float("inf"),
         cooldown=0,
         weight_pixel=300.0,
-        weight_perceptual=5.0,
-        weight_style=1e-3,
+        weight_perceptual=300.0,
+        weight_style=2.0,
         weight_adversarial=200.0,
         rank_every=1,
         batch=4,
@@ -1373,6 +1408,7 @@ def test_the_first_step_follows_the_gradient_of_equation_17(watched):
     gradients = [torch.autograd.grad(term, parameters, retain_graph=True) for term in terms]
     total = [sum(many) for many in zip(*gradients, strict=True)]
     assert gap(watched.adams[0].seen[0][0][0], total) < 0.003
+    print("GAPS", [gap([a - b for a, b in zip(total, term, strict=True)], total) for term in gradients])
     for term in gradients:  # a missing term would be noticed
         assert gap([a - b for a, b in zip(total, term, strict=True)], total) > 0.02
     scores = judge(torch.cat([target, restored.detach()]))
@@ -1469,17 +1505,16 @@ def test_words_that_make_no_sense_are_refused_in_a_sentence(words, expected, tmp
 
 
 def test_a_resumed_run_equals_an_unbroken_one(face_folder, tmp_path, monkeypatch):
-    cheaply(monkeypatch)
-    monkeypatch.setattr(asffnet, "finish", lambda *_: None)
+    cheaply(monkeypatch, files=False)
     monkeypatch.setattr(asffnet, "validate", lambda *_: (5.0, 20.0))
-    cfg = replace(TINY, steps=6, validate_every=3, cooldown=0, rank_every=1, patience=0)
+    cfg = replace(TINY, steps=4, validate_every=2, cooldown=0, rank_every=1, patience=0, blocks=2)
     whole, broken = arguments(face_folder, tmp_path / "a"), arguments(face_folder, tmp_path / "b")
     asffnet.train(cfg, whole)
-    asffnet.train(replace(cfg, steps=3), broken)
+    asffnet.train(replace(cfg, steps=2), broken)
     broken.resume = True
     asffnet.train(cfg, broken)
     a, b = (common.load_weights(args.checkpoint) for args in (whole, broken))
-    assert set(a) == set(b) and a["step"] == b["step"] == 6
+    assert set(a) == set(b) and a["step"] == b["step"] == 4
 
     def flat(value, name=""):
         if isinstance(value, dict):
@@ -1501,9 +1536,8 @@ def test_the_rate_halves_when_the_validation_loss_stops_falling_and_cools_down(
     face_folder, tmp_path, monkeypatch
 ):
     losses = iter([5.0, 4.0, 4.0, 4.0, 3.0, 3.5, 3.5, 3.5])
-    cheaply(monkeypatch)
+    cheaply(monkeypatch, files=False)
     monkeypatch.setattr(asffnet, "validate", lambda *_: (next(losses), 20.0))
-    monkeypatch.setattr(asffnet, "finish", lambda *_: None)
     WatchedAdam.made = []
     monkeypatch.setattr(torch.optim, "Adam", WatchedAdam)
     cfg = replace(TINY, steps=8, validate_every=1, patience=0, batch=1, cooldown=0.5, rank_every=3)
@@ -1521,7 +1555,7 @@ def test_the_rate_halves_when_the_validation_loss_stops_falling_and_cools_down(
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     face_folder, tmp_path, monkeypatch
 ):
-    cheaply(monkeypatch)
+    cheaply(monkeypatch, files=False)
     real, calls = asffnet.pixel_loss, []
 
     def spoiled(restored, target):
@@ -1529,22 +1563,49 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
         return real(restored, target) * (math.nan if torch.is_grad_enabled() and len(calls) > 3 else 1)
 
     monkeypatch.setattr(asffnet, "pixel_loss", spoiled)
-    monkeypatch.setattr(asffnet, "finish", lambda *_: None)
     with pytest.raises(common.InputError, match="pixel.*not finite"):
         asffnet.train(replace(TINY, steps=12, validate_every=1), arguments(face_folder, tmp_path))
     state = common.load_weights(tmp_path / "checkpoint.pt")
     assert all(value.isfinite().all() for value in state["net"].values() if value.is_floating_point())
 
 
-@pytest.mark.parametrize("variant", ["untrained-guide-features", "4-concat"])
-def test_variants_train_and_load(variant, face_folder, tmp_path, monkeypatch):
-    cheaply(monkeypatch)
-    cfg = replace(TINY, steps=2, validate_every=2, variant=variant, rank_every=2, **asffnet.VARIANTS[variant])
+def test_untrained_guide_features_stay_as_they_are_and_come_back_with_the_checkpoint(
+    face_folder, tmp_path, monkeypatch
+):
+    cheaply(monkeypatch, files=False)
+    cfg = replace(TINY, steps=3, validate_every=3, cooldown=0, train_guide=False)
     args = arguments(face_folder, tmp_path)
     asffnet.train(cfg, args)
+    monkeypatch.undo()  # the checkpoint brings its own encoder
     net, found = asffnet.load_network(args, CPU)
-    assert found == cfg and (tmp_path / "attention.png").is_file() == (variant != "4-concat")
-    assert net(*some_input()).isfinite().all()
-    if variant == "untrained-guide-features":  # unchanged during training
-        kept, first = net.extract_guide.encoder.state_dict(), encoder().state_dict()
-        assert all(torch.equal(kept[name], first[name]) for name in first)
+    assert found == cfg and net(*some_input()).isfinite().all()
+    kept, first = net.extract_guide.encoder.state_dict(), encoder().state_dict()
+    assert set(kept) == set(first) and all(torch.equal(kept[name], first[name]) for name in first)
+
+
+def test_networks_without_masks_draw_none(tmp_path):
+    net = network(fusion="concat")
+    with torch.no_grad():
+        net(*some_input())
+    asffnet.draw_attention(tmp_path / "attention.png", net, {"target": torch.zeros(2, 3, 64, 64)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_short_training_improves_held_out_faces(face_folder, tmp_path, monkeypatch):
+    """Seven people of 24 are held out, for an interval narrower than that of the usual two."""
+
+    def split(faces, seed=0):
+        people = (range(16), range(16, 17), range(17, 24))
+        return [[i for i, who in enumerate(faces.identity.tolist()) if who in part] for part in people]
+
+    cheaply(monkeypatch)
+    monkeypatch.setattr(common, "split_identities", split)
+    monkeypatch.setattr(common, "write_log", lambda *_: None)
+    monkeypatch.setattr(asffnet, "draw_attention", lambda *_: None)
+    cfg = replace(TINY, channels=16, batch=4, steps=45, validate_every=45, learning_rate=4e-3)
+    cfg = replace(cfg, weight_perceptual=0.1, weight_style=0.0, weight_adversarial=0.0)
+    asffnet.train(cfg, arguments(face_folder, tmp_path))
+    for task in json.loads((tmp_path / "result.json").read_text())["test"].values():
+        assert task["faces"] == 35
+        assert task["paired_psnr_gain"]["ci95"][0] > 0
+        assert task["restored"]["psnr"] > task["input"]["psnr"]
