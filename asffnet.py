@@ -660,10 +660,10 @@ def draw_attention(path, net, batch):
     axes = figure.subplots(count, 2 + len(last), squeeze=False)
     for index, row in enumerate(axes):
         for axis, name in zip(row, ("degraded", "aligned guide")):
-            axis.imshow(common.to_uint8(batch[name][index]).permute(1, 2, 0))
+            axis.imshow(common.to_uint8(batch[name][index]).permute(1, 2, 0).numpy())
         for axis, mask in zip(row[2:], last):
             low, high = mask.min(), mask.max()
-            axis.imshow(mask[index], vmin=low, vmax=high, cmap="magma")
+            axis.imshow(mask[index].numpy(), vmin=low.item(), vmax=high.item(), cmap="magma")
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     ranges = (f"block {k}: {mask.min():.2f}–{mask.max():.2f}" for k, mask in enumerate(last, 1))
@@ -914,7 +914,7 @@ def released_extractor(width):
 
 
 def released_distance(landmarks, exemplar_landmarks):
-    """Distance of each exemplar, (B,K): 1.01 · eyes and brows + 1.49 · mouth, each the root of the unweighted
+    """Distance of each exemplar, (B,K): 1.01 · eyes and brows + 1.49 · mouth, each the root of an unweighted
     D_a² of Eq. (2). landmarks (B,68,2), exemplar_landmarks (B,K,68,2)."""
     eyes, mouth = torch.zeros(2, 68, device=landmarks.device)
     eyes[17:27] = eyes[36:48] = mouth[48:] = 1

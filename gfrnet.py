@@ -20,7 +20,8 @@ Equation → name
 Open in the paper, chosen here: widths and activations are those of pix2pix, which the paper follows; the
 squares of Eq. (9) and (10) are sums over points and pixels, that of Eq. (6) a mean; the generator's side of
 Eq. (7) is the non-saturating −log D; WarpNet's last layer starts at 0, so that the flow starts as the
-identity; the landmark box is resized to half the image for the local discriminator.
+identity, all others with He's initialisation (pix2pix's normal of 0.02 in the discriminators); the landmark
+box is resized to half the image for the local discriminator.
 TINY differs from the paper in size, and in what Config says beside it.
 """
 import argparse
@@ -337,9 +338,12 @@ def guide_score(landmarks):
 def choose_guides(faces, indices, stranger=False):
     """The guide of each picture, {i: j}: of the same person's other pictures the best by `guide_score`.
 
-    Who has one picture only is left out. `stranger`: another person's guide, the next of those in `indices`.
+    Who has one picture only is left out. `stranger`: another person's guide, the next of those in `indices`,
+    or, where these show one person, of all.
     """
     wanted, people = set(indices), {int(faces.identity[i]): None for i in indices}
+    if stranger and len(people) == 1:
+        people |= {int(who): None for who in faces.identity.unique()}
     groups = [torch.nonzero(faces.identity == who)[:, 0].tolist() for who in people]
     scores = [guide_score(torch.stack([faces.landmarks(i) for i in group])) for group in groups]
     ranked = [[group[k] for k in score.argsort(stable=True)] for group, score in zip(groups, scores)]
@@ -429,12 +433,13 @@ def train(cfg, args):
             forward_d = nn.parallel.DistributedDataParallel(discriminators, broadcast_buffers=False)
         batches = torch.utils.data.DataLoader(data, batch_size=None, sampler=range(start, cfg.steps),
                                               num_workers=args.workers, pin_memory=device.type == "cuda")
+        align = cfg.warped and cfg.weight_landmark > 0
         progress = common.Progress(f"{SCRIPT} {cfg.variant}", cfg.steps, start, quiet=rank > 0)
         for step, batch in enumerate(batches, start + 1):
             degraded, target, guide = (x.to(device, non_blocking=True, memory_format=torch.channels_last)
                                        for x in batch[:3])
             landmarks, guide_landmarks = (x.to(device, non_blocking=True) for x in batch[3:])
-            alone = step <= cfg.warp_steps                                      # WarpNet's pre-training
+            alone = align and step <= cfg.warp_steps                            # WarpNet's pre-training
             with common.autocast(device):                                       # generator
                 losses = {}
                 if alone:
@@ -450,7 +455,7 @@ def train(cfg, args):
                                   conv4(encoder, restored), target_features),
                               "adversarial": adversarial_loss(
                                   discriminators(degraded, guide, restored, boxes), cfg.weight_adversarial)}
-                if cfg.warped and cfg.weight_landmark > 0:
+                if align:
                     losses |= flow_loss(flow, landmarks, guide_landmarks, cfg)
             optimizer.zero_grad(set_to_none=True)
             sum(losses.values()).backward()                                     # Eq. (12)
@@ -552,13 +557,13 @@ def draw_flow(path, batch, faces=4):
         x, y = ((flow + 1) * size - 1) / 2
         straight = torch.arange(size)
         for axis, image in zip(row, (guide, warped)):
-            axis.imshow(common.to_uint8(image).permute(1, 2, 0))
+            axis.imshow(common.to_uint8(image).permute(1, 2, 0).numpy())
         for k in lines:
             row[0].plot(x[k], y[k], "w-", x[:, k], y[:, k], "w-", linewidth=0.7)
             row[1].plot(straight, straight * 0 + k, "w-", straight * 0 + k, straight, "w-", linewidth=0.7)
         row[1].plot(*marks.T, "c.", markersize=3)
         move = torch.stack([x, y]) - ((identity_flow(size)[0] + 1) * size - 1) / 2
-        picture = row[2].imshow(move.norm(dim=0), cmap="viridis")
+        picture = row[2].imshow(move.norm(dim=0).numpy(), cmap="viridis")
         figure.colorbar(picture, ax=row[2], label="pixels")
         for axis in row:
             axis.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xticks=[], yticks=[])
@@ -702,7 +707,8 @@ def main(argv=None):
     parser.add_argument("--resume", action="store_true",
                         help="go on exactly where the last checkpoint stopped")
     parser.add_argument("--size", type=positive, help="pixels, a power of two")
-    parser.add_argument("--steps", type=positive, help="training steps, WarpNet's own included")
+    parser.add_argument("--steps", type=positive, help="training steps, WarpNet's own included "
+                                                          "(which variants without them leave out)")
     parser.add_argument("--batch", type=positive, help="pairs a step and process")
     parser.add_argument("--seed", type=natural, help="fixes data, initialisation and order (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
