@@ -518,13 +518,15 @@ def _landmark_detector(device):
     return face_alignment.FaceAlignment(kind, device=device, flip_input=False)
 
 
-def detect_landmarks(image, device="cpu", name="this picture"):
-    """Landmarks of all faces in image (3,H,W) → (N,68,2), with the papers' detector if it is installed."""
+def detect_landmarks(image, device="cpu", name="this picture", aligned=False):
+    """Landmarks of all faces in image (3,H,W) → (N,68,2), with the papers' detector if it is installed.
+    `aligned` crops are asked for where being one is not enough."""
     try:
         detector = _landmark_detector(str(device))
     except ImportError:
+        crop = "" if aligned else "or pass an aligned crop with --aligned, "
         raise InputError(f"{name}: its landmarks are unknown; give a file {name}.txt of 68 lines `x y`, "
-                         "or pass an aligned crop with --aligned, or `pip install face-alignment`") from None
+                         f"{crop}or `pip install face-alignment`") from None
     found = detector.get_landmarks_from_image(to_uint8(image).permute(1, 2, 0).cpu().numpy())
     if found is None or len(found) == 0:
         raise InputError(f"{name}: no face found; give its landmarks in {name}.txt, "
@@ -1970,7 +1972,7 @@ def _faces_of(file, size, aligned, landmarks, need_landmarks, device):
     elif aligned and not need_landmarks:
         points = None
     else:
-        points = detect_landmarks(photo, device, file)
+        points = detect_landmarks(photo, device, file, aligned)
     if aligned:
         side, ratio = min(height, width), size / min(height, width)
         corner = torch.tensor([(width - side) / 2, (height - side) / 2])
