@@ -69,13 +69,13 @@ class Config:
     weight_landmark: float = 10.0            # λ_lm
     weight_tv: float = 0.05                  # λ_TV; 1 in the paper
     smooth: float = 0.9                      # label of a true picture for the discriminators
-    discriminator_width: int = 16
+    discriminator_width: int = 8
     learning_rate: float = 2e-3              # 10 times the paper's; then a tenth, then a hundredth of it
     betas: tuple = (0.5, 0.999)              # β1, β2 of Adam
     cooldown: float = 0.3                    # last part of the steps: the rate falls to 0; none in the paper
     patience: int = 3                        # validations without a better loss before the rate is cut
     warp_steps: int = 1000                   # of the steps: WarpNet alone, on the flow loss
-    steps: int = 1700
+    steps: int = 1600
     crop: float = 0.05                       # largest random change of scale and place, parts of the size
     batch: int = 8                           # pairs a process and step
     validate_every: int = 100                # steps; also when a checkpoint is written
