@@ -141,11 +141,16 @@ def affine_distance(landmarks, exemplar_landmarks, weights):
 
 
 class GuidanceSelection(nn.Module):
-    """The choice of the guide, with the landmark weights w: learned by Eq. (4), then fixed."""
+    """The choice of the guide, with the landmark weights w: learned by Eq. (4), then fixed.
+
+    They begin at 1 for jaw and nose, which only move with the head, and at 0.1 for brows, eyes and mouth.
+    """
 
     def __init__(self):
         super().__init__()
-        self.log_weights = nn.Parameter(torch.zeros(68))
+        weights = torch.full((68,), 0.1)
+        weights[common.JAW] = weights[common.NOSE_BRIDGE] = weights[common.NOSE_BASE] = 1
+        self.log_weights = nn.Parameter(weights.log())
 
     def forward(self, landmarks, exemplar_landmarks, size):
         """D_a² of each exemplar, (B,K), of landmarks in pixels of a size×size image."""
@@ -460,7 +465,7 @@ class Batches(torch.utils.data.Dataset):
         generator, cfg, samples = common.seeded(self.cfg.seed, 1, self.rank, step), self.cfg, []
         for i in torch.randint(len(self.indices), (cfg.batch,), generator=generator).tolist():
             chosen = self.indices[i]
-            images, landmarks = common.stack_faces(
+            images, landmarks = common.stack_person(
                 self.faces, [chosen, *choose_exemplars(self.faces, chosen, cfg.exemplars, generator)])
             samples.append(common.augment(images, landmarks, generator, cfg.crop, cfg.jitter))
         images, landmarks = (torch.stack(part) for part in zip(*samples))
@@ -712,10 +717,11 @@ def restored_batches(net, faces, indices, cfg, device, scale, batch=16):
     indices = with_others(faces, indices)
     for start in range(0, len(indices), batch):
         part = indices[start:start + batch]
-        target, landmarks = common.stack_faces(faces, part)
-        sets = [common.stack_faces(faces, choose_exemplars(faces, i, cfg.exemplars,
-                                                           common.seeded(cfg.seed, 5, i))) for i in part]
-        exemplars, exemplar_landmarks = (torch.stack(x) for x in zip(*sets))
+        sets = [common.stack_person(faces, [i, *choose_exemplars(
+            faces, i, cfg.exemplars, common.seeded(cfg.seed, 5, i))]) for i in part]
+        images, points = (torch.stack(x) for x in zip(*sets))
+        target, landmarks, exemplars, exemplar_landmarks = (
+            images[:, 0].contiguous(), points[:, 0], images[:, 1:], points[:, 1:])
         generator = common.seeded(cfg.seed, 4, scale or 0, start)
         degraded = common.degrade(target, common.DEGRADATIONS[cfg.degradation], generator, scale)
         restored, chosen = restore(net, degraded, landmarks, exemplars, exemplar_landmarks, batch)
@@ -946,8 +952,9 @@ def released_warp(features, landmarks, guide_landmarks, stride):
     goal_centre, centre = ((weights * x).sum(2, keepdim=True) / weights.sum(2, keepdim=True)
                            for x in (goal, source))
     weighted = (weights * (goal - goal_centre)).transpose(-1, -2)
-    position = (points - centre) @ torch.linalg.inv(weighted @ (source - centre)) @ (
-        weighted @ (goal - goal_centre)) + goal_centre
+    inverse, singular = torch.linalg.inv_ex(weighted @ (source - centre))      # Q: singular only at a point
+    position = (points - centre) @ inverse @ (weighted @ (goal - goal_centre)) + goal_centre
+    position = torch.where(singular[..., None, None] > 0, points + centre - goal_centre, position)
     position = torch.where((position < 0) | (position > size - 1), 0.0, position)
     grid = (position.view(-1, size, size, 2) / (size / 2) - 1).float()
     return F.grid_sample(features.float(), grid, align_corners=False)

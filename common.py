@@ -44,17 +44,15 @@ __all__ = [                   # the public names: few, and a test lists them, so
     "CACHE", "COMPONENTS", "DEGRADATIONS", "Degradation", "FFHQ_TEMPLATE", "FID", "Face", "FaceFolder",
     "IMAGE_SUFFIXES", "INNER_LIP", "InputError", "JAW", "LEFT_BROW", "LEFT_EYE", "LPIPS", "NOSE_BASE",
     "NOSE_BRIDGE", "OUTER_LIP", "Progress", "RIGHT_BROW", "RIGHT_EYE", "Range", "Recogniser",
-    "RenderedFaces", "VGG", "align_face", "angular_margin_loss", "augment", "autocast",
-    "blur", "choose_device",
-    "comparison_grid", "component_boxes", "degrade", "detect_landmarks", "download", "draw_landmarks",
-    "face_matrix", "find_landmarks", "five_points", "frechet_distance", "gaussian_matrix",
-    "identity_distance", "invert_matrix", "jpeg", "landmark_heatmaps", "landmark_mask", "load_checkpoint",
-    "load_published", "load_vgg", "load_weights", "mean_landmarks", "mirror", "motion_kernels",
-    "paired_gain",
-    "paste_face", "precision", "print_table", "process_group", "psnr", "read_image", "read_landmarks",
-    "read_references",
-    "recogniser", "replacing", "restore_files", "run_script", "save_checkpoint", "seeded", "similarity",
-    "split_identities", "spread", "ssim", "stack_faces", "to_uint8", "transform_points",
+    "RenderedFaces", "VGG", "align_face", "angular_margin_loss", "augment", "autocast", "blur",
+    "choose_device", "comparison_grid", "component_boxes", "degrade", "detect_landmarks", "download",
+    "draw_landmarks", "face_matrix", "find_landmarks", "five_points", "frechet_distance",
+    "gaussian_matrix", "identity_distance", "invert_matrix", "jpeg", "landmark_heatmaps",
+    "landmark_mask", "load_checkpoint", "load_published", "load_vgg", "load_weights", "mean_landmarks",
+    "mirror", "motion_kernels", "paired_gain", "paste_face", "precision", "print_table",
+    "process_group", "psnr", "read_image", "read_landmarks", "read_references", "recogniser",
+    "replacing", "restore_files", "run_script", "save_checkpoint", "seeded", "similarity",
+    "split_identities", "spread", "ssim", "stack_faces", "stack_person", "to_uint8", "transform_points",
     "verification_accuracy", "warp_affine", "write_image", "write_json", "write_landmarks", "write_log"]
 
 CACHE = Path(os.environ.get("FACE_RESTORATION_CACHE", "~/.cache/face-restoration")).expanduser()
@@ -1183,6 +1181,10 @@ class RenderedFaces(torch.utils.data.Dataset):
         """Landmarks (68,2) of item i, without its picture."""
         return torch.from_numpy(np.array(self.data["landmarks"][i]))
 
+    def damaged(self, i):
+        """Whether item i is another picture than it should be: never."""
+        return False
+
     def others(self, i):
         """The other pictures of the person on picture i."""
         first = i // self.per_identity * self.per_identity
@@ -1295,6 +1297,10 @@ class FaceFolder(torch.utils.data.Dataset):
         """Landmarks (68,2) of item `index`, in the pixels of its file, without reading the picture."""
         return mean_landmarks(self.size) if self.points[index] is None else self.points[index]
 
+    def damaged(self, index):
+        """Whether the picture, once read, was found damaged, and another of the person took its place."""
+        return self.files[index] in self.faults
+
     def others(self, index):
         """Indices of the other pictures of the same identity."""
         return [i for i in torch.nonzero(self.identity == self.identity[index])[:, 0].tolist() if i != index]
@@ -1316,6 +1322,26 @@ def stack_faces(faces, indices):
     """faces[i] for i in indices → images (B,3,H,W), landmarks (B,68,2)."""
     chosen = [faces[i] for i in indices]
     return torch.stack([face.image for face in chosen]), torch.stack([face.landmarks for face in chosen])
+
+
+def stack_person(faces, indices):
+    """stack_faces of a picture and, behind it, others of the same person that shall guide it: where one is
+    damaged, another of the person takes its place, and what comes first never stands behind as well."""
+    loaded, wanted = {}, max(len(set(indices)), 2)
+    for i in dict.fromkeys([*indices, *faces.others(indices[0])]):
+        face = faces[i]
+        if not faces.damaged(i):
+            loaded[i] = face
+        if len(loaded) == wanted:
+            break
+    if len(loaded) < 2:
+        raise InputError(f"person {int(faces.identity[indices[0]])} has no two readable pictures, one to "
+                         "restore and one to guide; see the lines `left out` above, and remove the folder")
+    first = indices[0] if indices[0] in loaded else next(iter(loaded))
+    rest = [i for i in loaded if i != first]
+    chosen = [first, *(i if i in rest else rest[k % len(rest)] for k, i in enumerate(indices[1:]))]
+    return (torch.stack([loaded[i].image for i in chosen]),
+            torch.stack([loaded[i].landmarks for i in chosen]))
 
 
 def spread(indices, count):

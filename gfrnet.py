@@ -372,7 +372,8 @@ class Batches(torch.utils.data.Dataset):
         generator = common.seeded(self.cfg.seed, 1, self.rank, step)
         chosen = [self.indices[i] for i in torch.randint(len(self.indices), (self.cfg.batch,),
                                                          generator=generator).tolist()]
-        pairs = [common.stack_faces(self.faces, [i, self.guides[i]]) for i in chosen]
+        stack = common.stack_faces if self.cfg.stranger else common.stack_person
+        pairs = [stack(self.faces, [i, self.guides[i]]) for i in chosen]
         pairs = [common.augment(*pair, generator, self.cfg.crop) for pair in pairs]
         (target, guide), (landmarks, guide_landmarks) = (
             torch.stack(part).unbind(1) for part in zip(*pairs))
@@ -613,11 +614,11 @@ def restored_batches(net, faces, indices, cfg, device, scale, batch=16):
     if not guides:
         raise InputError("no held-out person has two pictures, one to restore and one to guide; "
                          "--data wants one folder per identity, each with several pictures")
-    chosen = list(guides)
+    chosen, stack = list(guides), common.stack_faces if cfg.stranger else common.stack_person
     for start in range(0, len(chosen), batch):
         part = chosen[start:start + batch]
-        target, landmarks = common.stack_faces(faces, part)
-        guide, guide_landmarks = common.stack_faces(faces, [guides[i] for i in part])
+        pairs = [stack(faces, [i, guides[i]]) for i in part]
+        (target, guide), (landmarks, guide_landmarks) = (torch.stack(x).unbind(1) for x in zip(*pairs))
         generator = common.seeded(cfg.seed, 4, scale or 0, start)
         degraded = common.degrade(target, common.DEGRADATIONS[cfg.degradation], generator, scale)
         restored, warped, flow = restore(net, degraded, guide, batch)

@@ -280,8 +280,11 @@ def test_select_takes_the_exemplar_of_the_least_distance_under_the_learned_weigh
     assert [order[k] for k in net.select(landmarks, exemplars[:, order])] == expected.tolist()
 
 
-def test_distances_are_those_of_a_256_pixel_image_and_the_weights_start_equal_and_positive():
+def test_distances_are_those_of_a_256_pixel_image_and_the_weights_start_as_said_and_stay_positive():
     selection = asffnet.GuidanceSelection()
+    start = [1.0] * 17 + [0.1] * 10 + [1.0] * 9 + [0.1] * 32  # jaw, brows, nose, eyes and mouth
+    assert selection.log_weights.exp().tolist() == pytest.approx(start)
+    selection.log_weights.data.zero_()
     landmarks, exemplars, _ = three_people(64)
     small = selection(landmarks, exemplars, 64)
     expected = residuals(4 * landmarks, 4 * exemplars, np.ones(68)).sum(2)
@@ -345,6 +348,7 @@ class Copier(nn.Module):
 
 def test_one_step_on_the_landmark_weights_favours_the_exemplar_that_restores_best():
     net, target = Copier(), some_images(1)
+    net.selection.log_weights.data.zero_()
     exemplars = target[:, None] + 0.2 * torch.randn(1, 4, 3, 64, 64, generator=generator(1))
     exemplars[:, 2] = target + 0.1
     landmarks, marks = some_landmarks(1), some_landmarks(1)[:, None].repeat(1, 4, 1, 1)
@@ -972,6 +976,9 @@ class Album:
         image[2] = torch.linspace(-0.8, 0.8, self.size)
         return common.Face(image, some_landmarks(1, self.size, seed=i)[0], int(self.identity[i]))
 
+    def damaged(self, i):
+        return False
+
     def others(self, i):
         same = torch.nonzero(self.identity == self.identity[i])[:, 0].tolist()
         return [k for k in same if k != i]
@@ -1419,7 +1426,8 @@ def test_the_first_step_follows_the_gradient_of_equation_17(watched):
 def test_the_landmark_weights_follow_equation_4_on_one_picture(watched):
     faces = common.FaceFolder(watched.folder, 64)
     batch = asffnet.Batches(faces, common.split_identities(faces)[0], watched.cfg)[0]
-    apart = residuals(4 * batch[2], 4 * batch[4], np.ones(68))
+    start = asffnet.GuidanceSelection().log_weights.detach().exp().numpy()
+    apart = residuals(4 * batch[2], 4 * batch[4], start) * start
     values, candidates = apart.sum(2), []
     for b in range(4):
         for best in range(3):

@@ -845,6 +845,9 @@ class Heads:
         _, yaw, opening = self.heads[i]
         return posed_head(yaw, opening=(opening, opening)) * 20 + 31.5
 
+    def damaged(self, i):
+        return False
+
     def others(self, i):
         return [j for j in range(len(self)) if j != i and self.heads[j][0] == self.heads[i][0]]
 
@@ -926,6 +929,9 @@ class Rendered:
 
     def landmarks(self, i):
         return self.faces[i].landmarks
+
+    def damaged(self, i):
+        return False
 
     def others(self, i):
         return [j for j in range(len(self)) if j != i and self.identity[j] == self.identity[i]]
