@@ -41,7 +41,11 @@ SCRIPTS = {
     "asffnet": SimpleNamespace(
         files={"attention.png"}, reference=".", variant="1-asff", changes={"blocks": 1},
         other="no-mls", options=["exemplars-10", "no-adain", "--reference"], size=(70, "multiple of 16"),
-        short="channels=16, width=4")}
+        short="channels=16, width=4"),
+    "dmdnet": SimpleNamespace(
+        files={"readings.png"}, reference=".", variant="only-specific", changes={"items": 0},
+        other="1-transform", options=["items-256", "no-transform", "--reference", "--save-dictionary"],
+        size=(70, "multiple of 16"), short="items=8, width=8, stages=(0.34, 0.25, 0.25)")}
 GUIDED = [name for name, about in SCRIPTS.items() if about.reference]
 
 
@@ -51,9 +55,10 @@ def only(*scripts):
 
 
 # Importing torch takes longer than most commands do. One process imports it and forks a child for every
-# command, which runs the script as a program of its own: own arguments, folder, output and exit status.
+# command, which runs the script as a program of its own: own arguments, folder, output and exit status. It
+# ends by os._exit, as tearing the copied interpreter down takes a second more.
 SERVER = """
-import json, os, runpy, sys
+import json, os, runpy, sys, traceback
 import matplotlib.pyplot, torch, torchvision, common
 while line := sys.stdin.readline():
     job = json.loads(line)
@@ -62,8 +67,17 @@ while line := sys.stdin.readline():
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
         os.chdir(job["cwd"])
         sys.argv = job["argv"]
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        sys.exit()
+        status = 0
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -331,7 +345,7 @@ def test_results_that_exist_are_skipped_unless_overwritten(trained, run, photos,
 # The sharp pictures that guide
 
 
-@only(*GUIDED)
+@only("gfrnet", "asffnet")
 def test_a_guided_restoration_wants_a_reference(trained, run, photos, tmp_path):
     done = run(trained.script, "--restore", photos / "0.png", "--checkpoint",
                trained.run / "checkpoint.pt", "--device", "cpu", cwd=tmp_path)
@@ -396,6 +410,31 @@ def test_asffnet_chooses_for_every_photo_and_says_which(trained, run, album, pho
     assert [line for line in done.stdout.splitlines() if "guided" in line] == [
         f"{photos / '0.png'}: guided by {folder / '3.png'}",
         f"{photos / '1.png'}: guided by {folder / '1.png'}"]
+
+
+@only("dmdnet")
+def test_a_stored_dictionary_restores_as_its_pictures_do(trained, run, album, photos, tmp_path):
+    checkpoint = ["--checkpoint", trained.run / "checkpoint.pt", "--device", "cpu"]
+    done = run("dmdnet", "--save-dictionary", "person.pt", "--reference", album, *checkpoint, cwd=tmp_path)
+    assert done.status == 0 and "person.pt: 5 references" in done.stdout, done.stderr
+    pictures = {}
+    for name, options in {"album": ["--reference", album], "stored": ["--dictionary", "person.pt"],
+                          "none": []}.items():
+        done = run("dmdnet", "--restore", photos / "0.png", "--out", name, *options, *checkpoint,
+                   cwd=tmp_path)
+        assert done.status == 0, done.stderr
+        pictures[name] = (tmp_path / name / "0.png").read_bytes()
+    assert pictures["stored"] == pictures["album"] != pictures["none"]
+
+
+@only("dmdnet")
+def test_a_stored_dictionary_fits_no_other_network(trained, train, run, album, photos, tmp_path):
+    other = train("dmdnet", "only-specific")
+    run("dmdnet", "--save-dictionary", "person.pt", "--reference", album, "--device", "cpu",
+        "--checkpoint", other.run / "checkpoint.pt", cwd=tmp_path)
+    done = run("dmdnet", "--restore", photos / "0.png", "--dictionary", "person.pt", "--device", "cpu",
+               "--checkpoint", trained.run / "checkpoint.pt", cwd=tmp_path)
+    assert_refused(done, "dmdnet", "person.pt.*another network")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("face_alignment") is not None, reason="it would find them")
@@ -640,14 +679,14 @@ def missing_checkpoint(work):
 
 
 def checkpoint_of_another_method(work):
-    state = common.load_weights(work / "checkpoint.pt") | {"script": "restoreformer"}
+    state = common.load_weights(work / "checkpoint.pt") | {"script": "othernet"}
     torch.save(state, work / "other.pt")
-    return [*photo(work), "--checkpoint", work / "other.pt"], "other.pt.*restoreformer"
+    return [*photo(work), "--checkpoint", work / "other.pt"], "other.pt.*othernet"
 
 
 def resumed_checkpoint_of_another_method(work):
     checkpoint_of_another_method(work)
-    return ["--train", "--resume", "--checkpoint", work / "other.pt"], "other.pt.*restoreformer"
+    return ["--train", "--resume", "--checkpoint", work / "other.pt"], "other.pt.*othernet"
 
 
 def plain_weights_as_checkpoint(work):
@@ -667,6 +706,18 @@ def truncated_checkpoint(work):
 def resumed_truncated_checkpoint(work):
     (work / "half.pt").write_bytes((work / "checkpoint.pt").read_bytes()[:20_000])
     return ["--train", "--resume", "--out", work, "--checkpoint", work / "half.pt"], "half.pt.*damaged"
+
+
+def two_sources_of_references(work):
+    return [*photo(work), "--reference", work, "--dictionary", work / "person.pt"], "not both"
+
+
+def dictionary_to_be_saved_of_nobody(work):
+    return ["--save-dictionary", work / "person.pt", "--checkpoint", work / "checkpoint.pt"], "--reference"
+
+
+def dictionary_that_is_a_checkpoint(work):
+    return [*photo(work), "--dictionary", work / "checkpoint.pt"], "checkpoint.pt.*not a person's"
 
 
 def alone(work):
@@ -735,12 +786,14 @@ OF_COMMON = named(
     "unknown_device": options("--train", "--device", "abacus", expected="abacus")}
 OF_GUIDES = named(
     missing_reference, reference_folder_without_pictures, reference_that_is_no_picture,
-    references_of_which_none_is_a_picture, reference_without_landmarks, flat_data_folder,
-    one_picture_a_person)
+    references_of_which_none_is_a_picture, reference_without_landmarks)
+WANTED = named(flat_data_folder, one_picture_a_person)
 BAD_INPUT = {
     "dfdnet": {**EVERYWHERE, **OF_COMMON, **named(missing_dictionary, truncated_dictionary)},
-    "gfrnet": {**EVERYWHERE, **OF_GUIDES},
-    "asffnet": {**EVERYWHERE, **OF_GUIDES, "ablation_of_the_released_network": options(
+    "gfrnet": {**EVERYWHERE, **OF_GUIDES, **WANTED},
+    "dmdnet": {**EVERYWHERE, **OF_GUIDES, **named(
+        two_sources_of_references, dictionary_to_be_saved_of_nobody, dictionary_that_is_a_checkpoint)},
+    "asffnet": {**EVERYWHERE, **OF_GUIDES, **WANTED, "ablation_of_the_released_network": options(
         "--train", "--preset", "released", "--variant", "no-mls", expected="--variant")}}
 for name, cases in BAD_INPUT.items():
     number, rule = SCRIPTS[name].size
@@ -761,7 +814,7 @@ def test_bad_input_ends_with_one_line_status_2_and_nothing_lost(trained, case, r
     arguments, expected = BAD_INPUT[trained.script][case](work)
     if "--restore" in arguments and "--checkpoint" not in arguments:
         arguments += ["--checkpoint", work / "checkpoint.pt"]
-    if "--restore" in arguments and "--reference" not in arguments:
+    if "--restore" in arguments and not {"--reference", "--dictionary"} & set(map(str, arguments)):
         arguments += trained.reference
     before = snapshot(work)
     done = run(trained.script, *arguments, cwd=work)
