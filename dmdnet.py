@@ -75,7 +75,7 @@ class Config:
     scales: tuple = (1, 2, 3)                # whose features dictionaries enrich; 1 is the finest
     transform: bool = True                   # Eq. (7); else the one best value of both dictionaries
     temperature: float = 64.0                # d of Eq. (7)
-    stages: tuple = (0.3, 0.15, 0.15)        # shares of the steps of the first three of STAGES
+    stages: tuple = (0.12, 0.15, 0.15)       # shares of the steps of the first three of STAGES
     renewed: int = 4                         # generic pictures extracted a step of the first stage
     width: int = 16                          # channels at scale 1; 2 and 4 times as many at the next
     depth: int = 1                           # pairs and residual blocks a scale of the extractors
@@ -110,7 +110,7 @@ PAPER = replace(TINY, preset="paper", size=512, encoder="vgg", references=21, pa
                 residual=False,
                 weight_perceptual=1.0, weight_style=0.1, weight_adversarial=(4.0, 1.0, 0.5),
                 discriminator_width=64, learning_rate=2e-4, dictionary_rate=2e-6, clip=math.inf, cooldown=0,
-                patience=0, steps=400_000, batch=2, validate_every=5_000)
+                patience=0, crop=0, steps=400_000, batch=2, validate_every=5_000)
 # The paper gives a batch of 8 on 4 GPUs, not steps.
 RELEASED = replace(PAPER, preset="released", released=True,
                    parts=("left_eye", "right_eye", "mouth"))
@@ -118,8 +118,8 @@ PRESETS = {"tiny": TINY, "paper": PAPER, "released": RELEASED}
 VARIANTS = {                                 # Table 3; a stage of no steps leaves them to the last one
     "full": {}, "items-0": {"items": 0, "references": 0},
     **{f"items-{y}": {"items": y} for y in (32, 64, 256)},
-    "only-backward": {"stages": (0, 0, 0.6)}, "no-forward": {"stages": (0.3, 0, 0.15)},
-    "no-backward": {"stages": (0.3, 0.15, 0)}, "no-transform": {"transform": False},
+    "only-backward": {"stages": (0, 0, 0.42)}, "no-forward": {"stages": (0.12, 0, 0.15)},
+    "no-backward": {"stages": (0.12, 0.15, 0)}, "no-transform": {"transform": False},
     "1-transform": {"scales": (3,)}, "2-transform": {"scales": (2, 3)},
     "only-specific": {"items": 0}, "only-generic": {"references": 0}}
 
@@ -129,7 +129,7 @@ def stage_of(step, cfg):
     ends, total = [], 0.0
     for share in cfg.stages if cfg.items else (0, 0, 0):
         total += share
-        ends.append(round(total * cfg.steps))
+        ends.append(math.ceil(total * cfg.steps - 1e-6))          # the first has a step, if a share at all
     return sum(step > end for end in ends)
 
 
@@ -774,7 +774,7 @@ def train(cfg, args):
                 progress.update(step, "  ".join(f"{name} {value:.3f}" for name, value in values.items()))
             if last:
                 reconstruction, quality = validate(net, encoder, faces, common.spread(validation, 32), cfg,
-                                                   device)
+                                                   device, stage)
                 if not math.isfinite(reconstruction):
                     raise InputError(f"step {step}: the validation loss is not finite; the last good state "
                                      f"is in {args.checkpoint}")
@@ -795,18 +795,18 @@ def train(cfg, args):
 
 
 @torch.inference_mode()
-def validate(net, encoder, faces, indices, cfg, device):
-    """Reconstruction loss (Eq. 13) and PSNR in dB on held-out faces, always degraded alike."""
-    totals, count = torch.zeros(2), 0
-    for batch in restored_batches(net, faces, indices, cfg, device, None):
+def validate(net, encoder, faces, indices, cfg, device, stage):
+    """Reconstruction loss (Eq. 13) and PSNR in dB on held-out faces, always degraded alike; with references
+    but in the first stage, which has none."""
+    totals, name = torch.zeros(2), 0 if stage == 0 else "restored"
+    for batch in restored_batches(net, faces, indices, cfg, device, None, [0] if stage == 0 else []):
+        restored, target = batch[name], batch["target"]
         with common.autocast(device):
-            a, b = (encoder.features(batch[name].to(device)) for name in ("restored", "target"))
-        loss = (cfg.weight_pixel * pixel_loss(batch["restored"], batch["target"])
+            a, b = (encoder.features(x.to(device)) for x in (restored, target))
+        loss = (cfg.weight_pixel * pixel_loss(restored, target)
                 + cfg.weight_perceptual * perceptual_loss(a, b).cpu())
-        size = len(batch["target"])
-        totals += torch.stack([loss * size, common.psnr(batch["restored"], batch["target"]).sum()])
-        count += size
-    return (totals / count).tolist()
+        totals += torch.stack([loss * len(target), common.psnr(restored, target).sum()])
+    return (totals / len(indices)).tolist()
 
 
 def finish(net, faces, test, cfg, args, device, seconds):
@@ -926,49 +926,49 @@ def restore(net, degraded, landmarks, specific=None, owner=None, batch=8):
     return torch.cat(results)
 
 
-def restored_batches(net, faces, indices, cfg, device, scale, references=None, batch=16):
-    """Held-out faces in batches, by name: degraded, restored, target, and references (M,3,H,W) with owner
-    (M,). Degraded by (seed, scale, place) alone; of a face's references, up to `references` (all that the
-    network takes if None), fewer are the first of more."""
+def restored_batches(net, faces, indices, cfg, device, scale, counts=(), batch=16):
+    """Held-out faces in batches, by name: degraded, target, references (M,3,H,W) with their owner (M,),
+    restored with all of these, and by each number in `counts` restored with so many of each face's. All by
+    (seed, scale, place) alone."""
     for start in range(0, len(indices), batch):
-        part = indices[start:start + batch]
-        sets = [with_references(faces, i, cfg.references, common.seeded(cfg.seed, 5, i)) for i in part]
+        sets = [with_references(faces, i, cfg.references, common.seeded(cfg.seed, 5, i))
+                for i in indices[start:start + batch]]
         target, landmarks = (torch.stack([x[k][0] for x in sets]) for k in (0, 1))
-        sharp, points = (torch.cat([x[k][1:1 + (cfg.references if references is None else references)]
-                                    for x in sets]) for k in (0, 1))
-        owner = torch.tensor([k for k, x in enumerate(sets) for _ in range(min(
-            len(x[0]) - 1, cfg.references if references is None else references))], dtype=torch.long)
+        references, points = (torch.cat([x[k][1:] for x in sets]) for k in (0, 1))
+        owner = torch.tensor([face for face, x in enumerate(sets) for _ in x[0][1:]], dtype=torch.long)
+        number = torch.tensor([k for x in sets for k in range(len(x[0]) - 1)], dtype=torch.long)
         generator = common.seeded(cfg.seed, 4, scale or 0, start)
         degraded = common.degrade(target, common.DEGRADATIONS[cfg.degradation], generator, scale)
-        specific = specific_dictionary(net, sharp, points, batch) if len(sharp) else None
-        restored = restore(net, degraded, landmarks, specific, owner if len(sharp) else None, batch)
-        yield {"degraded": degraded, "restored": restored, "target": target, "references": sharp,
-               "owner": owner}
+        specific = specific_dictionary(net, references, points, batch) if len(references) else None
+        results = {"degraded": degraded, "target": target, "references": references, "owner": owner}
+        for count in (*counts, "restored"):
+            taken = number < (len(number) if count == "restored" else count)
+            items = {name: (keys[taken], values[taken]) for name, (keys, values) in (specific or {}).items()}
+            results[count] = restore(net, degraded, landmarks, items if taken.any() else None,
+                                     owner[taken] if taken.any() else None, batch)
+        yield results
 
 
 def evaluate(net, faces, indices, cfg, device):
     """The paper's ×4, ×8 on held-out faces → "test" of result.json: PSNR dB, SSIM, identity in degrees, of
     the input, of the face restored with all references, and with none, one or two of them."""
     judge = common.recogniser(faces, "metric")
-    table = {}
+    table, counts = {}, [count for count in (0, 1, 2) if count < cfg.references]
     for scale in (4, 8):
-        columns, counts = {}, sorted({n for n in (0, 1, 2) if n < cfg.references}) + [None]
-        for count in counts:
-            for batch in restored_batches(net, faces, indices, cfg, device, scale, count):
-                for name, image in ((count, batch["restored"]),
-                                    *([("input", batch["degraded"])] if count is None else [])):
-                    columns.setdefault(name, []).append(torch.stack([
-                        common.psnr(image, batch["target"]), common.ssim(image, batch["target"]),
-                        common.identity_distance(judge, image, batch["target"])]))
+        columns = {name: [] for name in ("degraded", "restored", *counts)}
+        for batch in restored_batches(net, faces, indices, cfg, device, scale, counts):
+            for name, column in columns.items():
+                column.append(torch.stack([metric(batch[name], batch["target"]) for metric in (
+                    common.psnr, common.ssim, lambda *pair: common.identity_distance(judge, *pair))]))
         values = {name: torch.cat(column, 1) for name, column in columns.items()}
         means = {name: dict(zip(("psnr", "ssim", "identity"), value.mean(1).tolist()))
                  for name, value in values.items()}
-        table[f"x{scale}"] = {"faces": len(indices), "input": means["input"], "restored": means[None],
-                              "paired_psnr_gain": common.paired_gain(values[None][0], values["input"][0],
-                                                                     cfg.seed)}
-        if cfg.references:
+        table[f"x{scale}"] = {
+            "faces": len(indices), "input": means["degraded"], "restored": means["restored"],
+            "paired_psnr_gain": common.paired_gain(values["restored"][0], values["degraded"][0], cfg.seed)}
+        if counts:
             table[f"x{scale}"]["references"] = {
-                str(cfg.references if count is None else count): means[count] for count in counts}
+                **{str(count): means[count] for count in counts}, str(cfg.references): means["restored"]}
     return table
 
 
@@ -1158,16 +1158,20 @@ def released_boxes(landmarks):
     return torch.stack(boxes, 1).trunc()
 
 
+def whole_corners(box, stride, side):
+    """Boxes (B,4) in pixels → [x1, y1, x2, y2] in whole features of a side×side map, at least one each."""
+    low = (box[:, :2].long() // stride).clamp(0, side - 1)
+    high = torch.maximum((box[:, 2:].long() // stride).clamp(max=side), low + 1)
+    return torch.cat([low, high], 1).tolist()
+
+
 def cut_components(features, boxes, stride, sizes):
     """crop_components by slices at whole features and bilinear resampling; one sample and part at a time, as
     every box has its own size."""
-    parts = []
-    for index, size in enumerate(sizes):
-        corners = (boxes[:, index].long() // stride).clamp(min=0).tolist()
-        parts.append(torch.cat([
-            F.interpolate(features[k:k + 1, :, y1:y2, x1:x2].float(), (size, size), mode="bilinear")
-            for k, (x1, y1, x2, y2) in enumerate(corners)]))
-    return parts
+    return [torch.cat([
+        F.interpolate(features[k:k + 1, :, y1:y2, x1:x2].float(), (size, size), mode="bilinear")
+        for k, (x1, y1, x2, y2) in enumerate(whole_corners(boxes[:, index], stride, features.shape[-1]))])
+        for index, size in enumerate(sizes)]
 
 
 def adain(reading, part):
@@ -1198,11 +1202,10 @@ class ReleasedTransform(DictionaryTransform):
         for index, (part, component) in enumerate(zip(self.cfg.parts, parts)):
             reading, readings[part] = self.read(part, component, generic, specific, allowed)
             changed = self.confidence[part](component, reading)
-            corners = (boxes[:, index].long() // self.stride).clamp(min=0).tolist()
+            corners = whole_corners(boxes[:, index], self.stride, features.shape[-1])
             for k, (x1, y1, x2, y2) in enumerate(corners):
-                height, width = enriched[k, 0, y1:y2, x1:x2].shape
                 enriched[k:k + 1, :, y1:y2, x1:x2] = F.interpolate(
-                    changed[k:k + 1], (height, width), mode="bilinear").to(enriched.dtype)
+                    changed[k:k + 1], (y2 - y1, x2 - x1), mode="bilinear").to(enriched.dtype)
         return enriched, readings
 
 
