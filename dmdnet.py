@@ -86,7 +86,7 @@ class Config:
     released: bool = False                   # the network of the published weights, see the last chapter
 
     weight_pixel: float = 300.0              # λ_mse
-    weight_perceptual: float = 0.5           # λ_perc; 1 in the paper, with another encoder
+    weight_perceptual: float = 2.0           # λ_perc; 1 in the paper, with another encoder
     weight_style: float = 1e-6               # λ_style; 0.1 in the paper
     weight_adversarial: tuple = (0.04, 0.01, 0.005)      # λ_a,r for r = 1, 2, 4; the paper's / 100
     discriminator_width: int = 16
