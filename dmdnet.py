@@ -70,6 +70,7 @@ class Config:
     encoder: str = "recogniser"              # Φ of Eq. (12) and (14); "vgg" is VGG-19, or VGG-Face
     items: int = 128                         # Y, of the generic dictionary
     references: int = 5                      # N, at most; 21 in the paper
+    drawn: int = 3                           # N in training, at most: for speed; as many in the paper
     parts: tuple = PARTS                     # p, the components that have dictionaries
     part_sizes: tuple = (16, 16, 12, 20)     # sides of all four at scale 1, half at the next
     scales: tuple = (1, 2, 3)                # whose features dictionaries enrich; 1 is the finest
@@ -98,15 +99,15 @@ class Config:
     patience: int = 1                        # validations without a better loss before the rate is halved
     crop: float = 0.05                       # largest random change of scale and place, parts of the size
     jitter: float = 0.1                      # of brightness and contrast
-    steps: int = 700
+    steps: int = 450
     batch: int = 4                           # faces a process and step
     validate_every: int = 50                 # steps; also when a checkpoint is written
     degradation: str = "dmdnet"              # Eq. (19)
 
 
 TINY = Config()
-PAPER = replace(TINY, preset="paper", size=512, encoder="vgg", references=21, part_sizes=(40, 40, 25, 55),
-                renewed=8, width=64, depth=2, paint_blocks=2, spectral=True, bounded=False,
+PAPER = replace(TINY, preset="paper", size=512, encoder="vgg", references=21, drawn=21,
+                part_sizes=(40, 40, 25, 55), renewed=8, width=64, depth=2, paint_blocks=2, spectral=True, bounded=False,
                 residual=False,
                 weight_perceptual=1.0, weight_style=0.1, weight_adversarial=(4.0, 1.0, 0.5),
                 discriminator_width=64, learning_rate=2e-4, dictionary_rate=2e-6, clip=math.inf, cooldown=0,
@@ -606,7 +607,7 @@ def choose_generic(faces, indices, cfg):
 
 class Batches(torch.utils.data.Dataset):
     """Training batch number `step`, from 0: a dict of degraded, target (B,3,H,W), boxes (B,4,4);
-    references (M,3,H,W), reference_boxes and owner (M,), of 0 to cfg.references a face; and sharp faces for
+    references (M,3,H,W), reference_boxes and owner (M,), of 0 to cfg.drawn a face; and sharp faces for
     the generic dictionary with sharp_boxes and, in the first stage, their places in it. A pure function of
     (seed, rank, step), so that a resumed run sees what an unbroken one would have seen."""
 
@@ -628,7 +629,7 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         cfg, stage = self.cfg, stage_of(step + 1, self.cfg)
-        sets = self.sets(step, self.rank, 0 if stage == 0 else cfg.references)
+        sets = self.sets(step, self.rank, 0 if stage == 0 else min(cfg.drawn, cfg.references))
         target = torch.stack([images[0] for images, _ in sets])
         boxes = [component_boxes(landmarks, cfg) for _, landmarks in sets]
         owner = [face for face, box in enumerate(boxes) for _ in box[1:]]
@@ -642,7 +643,8 @@ class Batches(torch.utils.data.Dataset):
             batch["places"] = (step * cfg.renewed + torch.arange(min(cfg.renewed, cfg.items))) % cfg.items
             sharp, landmarks = common.stack_faces(self.faces, [self.generic[y] for y in batch["places"]])
         elif stage == 1:
-            before = self.sets(step - 1, 0, 0 if stage_of(step, cfg) == 0 else cfg.references)
+            before = self.sets(step - 1, 0, 0 if stage_of(step, cfg) == 0 else min(
+                cfg.drawn, cfg.references))
             sharp, landmarks = (torch.stack([part[k][0] for part in before]) for k in (0, 1))
         if stage < 2:
             batch |= {"sharp": sharp, "sharp_boxes": component_boxes(landmarks, cfg)}
@@ -694,7 +696,7 @@ def train(cfg, args):
         items = list(net.generic.parameters())
         learned = [weight for weight in (*net.parameters(), *memory.parameters()) if weight.requires_grad]
         optimizer = torch.optim.Adam([{"params": learned}, {"params": items, "lr": cfg.dictionary_rate}],
-                                     cfg.learning_rate, cfg.betas)
+                                     cfg.learning_rate, cfg.betas, fused=True)
         optimizer_d = torch.optim.Adam(discriminators.parameters(), cfg.learning_rate, cfg.betas)
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=cfg.patience)
         parts = {"net": net, "memory": memory, "discriminators": discriminators, "optimizer": optimizer,
