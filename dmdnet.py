@@ -849,7 +849,7 @@ def draw_readings(path, net, batch):
     readings = net.readings.get(f"scale{min(net.cfg.scales)}", {})
     owner, count = batch["owner"], len(batch["target"])
     widest = max((owner == k).sum().item() for k in range(count))
-    figure = matplotlib.figure.Figure(figsize=(1.7 * (2 + widest), 2.1 * count), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(1.7 * (2 + widest), 2.3 * count), layout="constrained")
     axes = figure.subplots(count, 2 + widest, squeeze=False)
 
     def show(axis, image, title):
@@ -857,7 +857,7 @@ def draw_readings(path, net, batch):
         axis.set_title(title, fontsize=7)
 
     def each(values):
-        return "  ".join(f"{part.replace('_', ' ')} {value:.2f}".replace("left eye", "eyes")
+        return "\n".join(f"{part.replace('_', ' ')} {value:.2f}".replace("left eye", "eyes")
                          for part, value in values.items() if part != "right_eye")
 
     for face, row in enumerate(axes):
@@ -867,7 +867,7 @@ def draw_readings(path, net, batch):
                 {part: read["specific"][face, item] for part, read in readings.items()}))
         scores = {part: read["identity"][face].mean()
                   for part, read in readings.items() if "identity" in read}
-        show(row[-1], batch["restored"][face], f"identity score\n{each(scores)}" if scores else "restored")
+        show(row[-1], batch["restored"][face], f"identity score:\n{each(scores)}" if scores else "restored")
         for axis in row:
             axis.axis("off")
     with common.replacing(path) as temporary:
