@@ -2,7 +2,7 @@
 
 Nothing here knows any method; what differs between the papers (degradation ranges) is data. Chapters:
 
-1. Images        read_image, write_image, comparison_grid
+1. Images        read_image, write_image, comparison_grid, show
 2. Degradation   Degradation, DEGRADATIONS, degrade: I^d = ((I ⊗ k) ↓s + n)_JPEG ↑s
 3. Landmarks     68 points: reading, aligning, pasting back, component boxes, masks, heat-maps, detection
 4. Faces         RenderedFaces (made in code, nothing to download), FaceFolder (yours), split_identities
@@ -32,6 +32,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import matplotlib.figure
 import numpy as np
 import requests
 import torch
@@ -51,7 +52,7 @@ __all__ = [                   # the public names: few, and a test lists them, so
     "landmark_mask", "load_checkpoint", "load_published", "load_vgg", "load_weights", "mean_landmarks",
     "mirror", "motion_kernels", "paired_gain", "paste_face", "precision", "print_table",
     "process_group", "psnr", "read_image", "read_landmarks", "read_references", "recogniser",
-    "replacing", "restore_files", "run_script", "save_checkpoint", "seeded", "similarity",
+    "replacing", "restore_files", "run_script", "save_checkpoint", "seeded", "show", "similarity",
     "split_identities", "spread", "ssim", "stack_faces", "stack_person", "to_uint8", "transform_points",
     "verification_accuracy", "warp_affine", "write_image", "write_json", "write_landmarks", "write_log"]
 
@@ -128,6 +129,29 @@ def comparison_grid(columns):
         draw.text((gap + (index + 0.5) * (width + gap), head / 2), title, fill="black", font=font,
                   anchor="mm")
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def show(pictures, titles=(), columns=None, width=1.4):
+    """Draw pictures (3,H,W) in [-1,1], or maps (H,W) or (1,H,W) in colours, in rows, `width` inches each.
+
+    A map's colours span its own range (blue low, yellow high). For notebooks: the figure appears below the cell.
+    """
+    from matplotlib import pyplot
+    pictures = [torch.as_tensor(picture).detach().float().cpu() for picture in pictures]
+    columns = min(columns or 8, len(pictures))
+    lines, (height, wide) = math.ceil(len(pictures) / columns), pictures[0].shape[-2:]
+    figure, axes = pyplot.subplots(lines, columns, squeeze=False, layout="constrained", dpi=100, figsize=(
+        width * columns, (width * height / wide + (0.25 if titles else 0)) * lines))
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, picture in zip(axes.flat, pictures):
+        if len(picture) == 3 and picture.ndim == 3:
+            axis.imshow(to_uint8(picture).permute(1, 2, 0).numpy())
+        else:
+            axis.imshow(picture.reshape(picture.shape[-2:]).numpy(), cmap="viridis")
+    for axis, title in zip(axes.flat, titles):
+        axis.set_title(title, fontsize=9)
+    pyplot.show()
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1857,13 +1881,11 @@ def write_log(folder, rows):
         table.writeheader()
         table.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
                         for row in rows)
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     names = [name for name in names if name != "step"]
     columns = min(4, len(names))
-    figure, axes = pyplot.subplots(math.ceil(len(names) / columns), columns, squeeze=False, figsize=(
-        3.2 * columns, 2.3 * math.ceil(len(names) / columns)), layout="constrained")
+    lines = math.ceil(len(names) / columns)
+    figure = matplotlib.figure.Figure(figsize=(3.2 * columns, 2.3 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
     for axis, name in zip(axes.flat, names):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         axis.plot(*zip(*points), linewidth=1.2)
@@ -1874,7 +1896,6 @@ def write_log(folder, rows):
         axis.axis("off")
     with replacing(Path(folder) / "curves.png") as temporary:
         figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)
 
 
 def print_table(scales):

@@ -36,7 +36,7 @@ PUBLIC = """
     identity_distance invert_matrix jpeg landmark_heatmaps landmark_mask load_checkpoint
     load_published load_vgg load_weights mean_landmarks mirror motion_kernels paired_gain paste_face
     precision print_table process_group psnr read_image read_landmarks read_references recogniser
-    replacing restore_files run_script save_checkpoint seeded similarity split_identities spread
+    replacing restore_files run_script save_checkpoint seeded show similarity split_identities spread
     ssim stack_faces stack_person to_uint8 transform_points verification_accuracy warp_affine write_image
     write_json write_landmarks write_log
 """.split()
