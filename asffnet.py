@@ -813,6 +813,8 @@ def main(argv=None):
     parser.add_argument("--out", metavar="DIR", help=f"the run's folder (default runs/{SCRIPT}), or where "
                                                      "restored pictures go (restored)")
     parser.add_argument("--checkpoint", metavar="FILE", help="default: the run's own")
+    parser.add_argument("--weights", metavar="FILE",
+                        help="for --restore: the authors' ASFFNet512.pth, a file or its address (https://…)")
     parser.add_argument("--vggface", metavar="FILE", help="VGG-Face weights, for --preset paper's losses")
     parser.add_argument("--landmarks", metavar="DIR",
                         help="a parallel folder of landmark files photo.jpg.txt")
@@ -826,6 +828,11 @@ def main(argv=None):
     if args.restore is None:
         run = Path(args.out or run)
     args.out = args.out or ("restored" if args.restore is not None else run)
+    if args.weights is not None:
+        for name in ("train", "evaluate", "checkpoint", "preset", "variant", "resume", "size"):
+            if getattr(args, name):
+                raise InputError(f"--weights and --{name} do not go together: --weights is the authors' "
+                                 "network, to restore with")
     args.checkpoint = args.checkpoint or run / "checkpoint.pt"
     device = common.choose_device(args.device)
 
@@ -851,7 +858,10 @@ def main(argv=None):
             raise InputError(f"--size {cfg.size}: must be a multiple of 16, at least 64")
         train(cfg, args)
         return 0
-    net, cfg = load_network(args, device)
+    if args.weights is not None:
+        net, cfg = load_official(args.weights).to(device, memory_format=torch.channels_last), RELEASED
+    else:
+        net, cfg = load_network(args, device)
     if args.evaluate:
         faces = load_faces(cfg, args)
         test = common.split_identities(faces)[2]
@@ -939,7 +949,7 @@ def released_mask(landmarks, size):
 
 
 def released_warp(features, landmarks, guide_landmarks, stride):
-    """Moving least squares X
+    """Moving least squares, inverted: at each position v an affine map of the guide's landmarks
     p to the degraded face's q is fitted, weights 1 / ‖p − v‖², and inverted: t = (v − q*) Q⁻¹ P + p*.
 
     features (B,C,n,n), landmarks in pixels → (B,C,n,n). Positions beyond the map's ends become 0.
@@ -1046,7 +1056,7 @@ class ReleasedASFFNet(nn.Module):
         features, self.attention = self.extract(degraded), []
         guided = adain(self.extract_guide(guide), features)
         guided = self.refine_guide(released_warp(guided, landmarks, guide_landmarks, STRIDE))
-        marks, x = self.extract_landmarks(released_mask(landmarks, self.cfg.size)), features
+        marks, x = self.extract_landmarks(released_mask(landmarks, degraded.shape[-1])), features
         for block in self.blocks:
             x, mask = block(x, guided, marks)
             self.attention.append(mask.detach())
@@ -1085,6 +1095,13 @@ def released_name(name):
         inner = {"model": (), "Model": ("body",), "Model0": ("0", "body"), "Model1": ("1", "body")}
         rest = [word for part in rest for word in inner.get(part, (part,))]
     return ".".join([models[model], *rest])
+
+
+def load_official(source):
+    """ASFFNet512.pth as its authors released it, a file, its address or its state dict → the network,
+    frozen: degraded, guide (B,3,512,512) in [-1,1], landmarks, guide_landmarks (B,68,2) in pixels → restored
+    (B,3,512,512). InputError for what does not fit."""
+    return common.load_named(ReleasedASFFNet(RELEASED), source, released_name, "ASFFNet's weights")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Nothing here knows any method; what differs between the papers (degradation rang
 3. Landmarks     68 points: reading, aligning, pasting back, component boxes, masks, heat-maps, detection
 4. Faces         RenderedFaces (made in code, nothing to download), FaceFolder (yours), split_identities
 5. Metrics       psnr, ssim, LPIPS, FID, Recogniser, recogniser, identity_distance, paired_gain
-6. Download      download, with its checksum
+6. Download      download, checked and resumed; read_published, load_named: weights that authors released
 7. Runs          device, precision, random streams, checkpoints, logs, progress, restoring files
 
 Images are float32 tensors, RGB in [-1,1], (3,H,W) or (B,3,H,W). Landmarks are x,y in pixels; (0,0) is the
@@ -23,8 +23,10 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import sys
 import time
+import urllib.parse
 import uuid
 import warnings
 from dataclasses import dataclass
@@ -40,21 +42,23 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
+from torch.nn.utils import parametrize
 
 __all__ = [                   # the public names: few, and a test lists them, so that a rename is a decision
     "CACHE", "COMPONENTS", "DEGRADATIONS", "Degradation", "FFHQ_TEMPLATE", "FID", "Face", "FaceFolder",
     "IMAGE_SUFFIXES", "INNER_LIP", "InputError", "JAW", "LEFT_BROW", "LEFT_EYE", "LPIPS", "NOSE_BASE",
     "NOSE_BRIDGE", "OUTER_LIP", "Progress", "RIGHT_BROW", "RIGHT_EYE", "Range", "Recogniser",
-    "RenderedFaces", "VGG", "align_face", "angular_margin_loss", "augment", "autocast", "blur",
+    "RenderedFaces", "VGG", "align_face", "angular_margin_loss", "augment", "autocast", "benchmark", "blur",
     "choose_device", "comparison_grid", "component_boxes", "degrade", "detect_landmarks", "download",
-    "draw_landmarks", "face_matrix", "find_landmarks", "five_points", "frechet_distance",
-    "gaussian_matrix", "identity_distance", "invert_matrix", "jpeg", "landmark_heatmaps",
-    "landmark_mask", "load_checkpoint", "load_published", "load_vgg", "load_weights", "mean_landmarks",
-    "mirror", "motion_kernels", "paired_gain", "paste_face", "precision", "print_table",
-    "process_group", "psnr", "read_image", "read_landmarks", "read_references", "recogniser",
-    "replacing", "restore_files", "run_script", "save_checkpoint", "seeded", "show", "similarity",
-    "split_identities", "spread", "ssim", "stack_faces", "stack_person", "to_uint8", "transform_points",
-    "verification_accuracy", "warp_affine", "write_image", "write_json", "write_landmarks", "write_log"]
+    "draw_landmarks", "face_matrix", "find_landmarks", "five_points", "fold", "for_inference",
+    "frechet_distance", "gaussian_matrix", "identity_distance", "invert_matrix", "jpeg", "landmark_heatmaps",
+    "landmark_mask", "load_checkpoint", "load_named", "load_published", "load_vgg", "load_weights",
+    "mean_landmarks", "mirror", "motion_kernels", "paired_gain", "paste_face", "precision", "print_table",
+    "process_group", "psnr", "read_image", "read_landmarks", "read_published", "read_references",
+    "recogniser", "replacing", "restore_files", "run_script", "save_checkpoint", "seeded", "show",
+    "similarity", "split_identities", "spread", "ssim", "stack_faces", "stack_person", "to_uint8",
+    "transform_points", "verification_accuracy", "warp_affine", "write_image", "write_json",
+    "write_landmarks", "write_log"]
 
 CACHE = Path(os.environ.get("FACE_RESTORATION_CACHE", "~/.cache/face-restoration")).expanduser()
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
@@ -134,13 +138,13 @@ def comparison_grid(columns):
 def show(pictures, titles=(), columns=None, width=1.4):
     """Draw pictures (3,H,W) in [-1,1], or maps (H,W) or (1,H,W) in colours, in rows, `width` inches each.
 
-    A map's colours span its own range (blue low, yellow high). For notebooks: the figure appears below the cell.
+    A map's colours span its own range (blue low, yellow high). For notebooks: it appears below the cell.
     """
     from matplotlib import pyplot
     pictures = [torch.as_tensor(picture).detach().float().cpu() for picture in pictures]
     columns = min(columns or 8, len(pictures))
     lines, (height, wide) = math.ceil(len(pictures) / columns), pictures[0].shape[-2:]
-    figure, axes = pyplot.subplots(lines, columns, squeeze=False, layout="constrained", dpi=100, figsize=(
+    _, axes = pyplot.subplots(lines, columns, squeeze=False, layout="constrained", dpi=100, figsize=(
         width * columns, (width * height / wide + (0.25 if titles else 0)) * lines))
     for axis in axes.flat:
         axis.axis("off")
@@ -1713,30 +1717,35 @@ def identity_distance(net, restored, target):
 # 6. Download
 # -----------------------------------------------------------------------------------------------------------
 
-def download(url, path, sha256, attempts=3):
-    """Fetch url to path unless it is there; resume a broken transfer, check sha256, rename into place."""
+TIMEOUT = 20, 60             # seconds to a connection, and between two pieces of the answer
+
+
+def download(url, path, sha256=None, attempts=3):
+    """Fetch url to path unless it is there; resume a broken transfer, check it, rename into place.
+
+    It is checked by its sha256, or, without one, by the length the server announced. A part is then gone on
+    with only where the server says that it is still the same file (ETag or Last-Modified). Gives up after
+    `attempts` in a row that brought nothing new: InputError.
+    """
     path = Path(path)
-    if path.is_file() and file_sha256(path) == sha256:
+    if path.is_file() and sha256 in (None, file_sha256(path)):
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    for attempt in range(attempts):
-        done = part.stat().st_size if part.is_file() else 0
+    part, version = (path.with_name(path.name + end) for end in (".part", ".part.version"))
+    failures, most = 0, part.stat().st_size if part.is_file() else 0
+    while True:
         try:
-            with requests.get(url, headers={"Range": f"bytes={done}-"} if done else {}, stream=True,
-                              timeout=60) as reply:
-                if reply.status_code == 416:             # the part is already whole, or longer than the file
-                    break
-                reply.raise_for_status()
-                with open(part, "ab" if reply.status_code == 206 else "wb") as file:
-                    for chunk in reply.iter_content(1 << 16):
-                        file.write(chunk)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _fetch(url, part, version, sha256 is not None)
             break
         except (requests.RequestException, OSError) as error:
-            if attempt + 1 == attempts:
+            reply, size = getattr(error, "response", None), part.stat().st_size if part.is_file() else 0
+            failures, most = 0 if size > most else failures + 1, max(most, size)
+            final = reply is not None and 400 <= reply.status_code < 500
+            if final or failures == attempts:
                 raise InputError(f"{url}: {error}; run the command again "
                                  "to go on with the download") from None
-    if file_sha256(part) != sha256:
+    version.unlink(missing_ok=True)
+    if sha256 is not None and file_sha256(part) != sha256:
         part.unlink()
         raise InputError(f"{url}: not the expected file (its sha256 differs); "
                          f"get it by hand and put it at {path}")
@@ -1744,10 +1753,109 @@ def download(url, path, sha256, attempts=3):
     return path
 
 
+def _fetch(url, part, version, checked):
+    """One attempt to complete the file `part`; `version` holds what the server calls the version begun."""
+    done = part.stat().st_size if part.is_file() else 0
+    known = version.read_text() if version.is_file() else ""
+    done = done if checked or known else 0                # of which version is it? nothing will tell
+    headers = {"Accept-Encoding": "identity"}
+    if done:
+        headers |= {"Range": f"bytes={done}-"} | ({"If-Range": known} if known else {})
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as reply:
+        # "bytes 100-199/200", "bytes */200": what is sent, and the length of the whole
+        span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", reply.headers.get("Content-Range", ""))
+        if done and reply.status_code == 416 and (checked or (span and int(span[2]) == done)):
+            return                                        # nothing is missing; a sha256 tells if too much is
+        resumed = reply.status_code == 206
+        tag = reply.headers.get("ETag", "")
+        tag = reply.headers.get("Last-Modified", "") if not tag or tag.startswith("W/") else tag
+        strange = resumed and not checked and (tag != known or not span or span[1] != str(done))
+        if strange or (done and reply.status_code == 416):
+            part.unlink(missing_ok=True)
+            raise OSError("the file has changed since its download began")
+        reply.raise_for_status()
+        length = reply.headers.get("Content-Length", "")
+        total = int(length) + (done if resumed else 0) if length.isdecimal() else None
+        if resumed and span:
+            total = int(span[2])
+        with open(part, "ab" if resumed else "wb") as file:
+            version.write_text(tag)                       # now that a part of another version is gone
+            for chunk in reply.iter_content(1 << 14):     # what a hang-up cuts short is lost: keep it small
+                file.write(chunk)
+        if total not in (None, part.stat().st_size) and "Content-Encoding" not in reply.headers:
+            raise OSError(f"{part.stat().st_size} bytes came, {total} were announced")
+
+
 def file_sha256(path):
     """The sha256 of a file, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_published(source):
+    """Weights as their authors released them, a file, an http(s) address or a state dict → {name: tensor}.
+
+    A file of an address is kept in CACHE/weights, unless it cannot be read. Names lose the prefix "module."
+    of DataParallel; of a file that holds more, the part "state_dict" or "params" is taken. InputError for
+    what is no checkpoint, or holds something else.
+    """
+    state, file = source, source
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        name = Path(urllib.parse.unquote(urllib.parse.urlsplit(source).path)).name
+        key = hashlib.sha256(source.encode()).hexdigest()[:8]      # two addresses may end in the same name
+        file = CACHE / "weights" / f"{key}-{re.sub('[^0-9A-Za-z._-]', '_', name)}"
+        if not file.is_file():
+            print(f"fetching {source} → {file}", file=sys.stderr)
+        download(source, file)
+    try:
+        if not isinstance(source, dict):
+            state = load_weights(file, advice="give the file that the authors released")
+        for key in ("state_dict", "params"):
+            if isinstance(state, dict) and isinstance(state.get(key), dict):
+                state = state[key]
+        if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
+            raise InputError(f"{'the state dict' if file is state else file}: holds no named tensors; "
+                             "give the file that the authors released")
+    except InputError as error:
+        if file is source:
+            raise
+        file.unlink(missing_ok=True)
+        raise InputError(f"{source}: {str(error).removeprefix(f'{file}: ')}; what it sent was not kept: "
+                         "is it the address of a page, not of the file?") from None
+    return {str(name).removeprefix("module."): value for name, value in state.items()}
+
+
+def load_named(network, source, rename, name, file=None):
+    """Fill a network with published weights: rename(a name there) → the name here, None for what is unused.
+
+    source: as for read_published. Every tensor of the network has to be there, once and in its shape, and
+    none may be left over; else InputError with the first that does not fit, calling them `name`, and the
+    source `file`. Returns the network, frozen, in eval mode, with spectral norm folded in.
+    """
+    state, own, found, wrong = read_published(source), network.state_dict(), {}, []
+    for there, value in state.items():
+        try:
+            here = rename(there)
+        except (KeyError, IndexError, ValueError):                 # the rule knows no such layer
+            here = there
+        if here is None:
+            continue
+        if here not in own:
+            wrong.append(f"{there} belongs to no layer")
+        elif value.shape != own[here].shape:
+            wrong.append(f"{there} is {'×'.join(map(str, value.shape)) or 'a number'}, "
+                         f"not {'×'.join(map(str, own[here].shape))}")
+        elif here in found and not torch.equal(found[here], value):
+            wrong.append(f"{there} is there twice, with other numbers")
+        found[here] = value
+    wrong += [f"{here} is missing" for here in own if here not in found]
+    if wrong:
+        file = file or ("the state dict" if isinstance(source, dict) else source)
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise InputError(f"{file}: not {name} ({wrong[0]}{more}); "
+                         "give the file of this method that the authors released, whole and unchanged")
+    network.load_state_dict(found)
+    return fold(network.eval()).requires_grad_(False)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1783,10 +1891,91 @@ def precision(kind):
     return torch.float32
 
 
-def autocast(device):
-    """Mixed precision on processors that gain from it; nothing elsewhere."""
-    kind = torch.device(device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=precision(kind) == torch.bfloat16)
+def autocast(device, kind="auto"):
+    """Mixed precision: "auto" where the processor gains from it, "bfloat16" always, "float32" never."""
+    device = torch.device(device).type
+    if kind not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"--precision {kind}: unknown; choose auto, float32 or bfloat16")
+    low = precision(device) == torch.bfloat16 if kind == "auto" else kind == "bfloat16"
+    return torch.autocast(device, torch.bfloat16, enabled=low)
+
+
+def fold(network):
+    """For inference: every spectral norm computed once and folded into its weight. Returns the network."""
+    for module in network.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight")
+    return network
+
+
+def for_inference(network, device, kind="auto", exact=()):
+    """Make a network ready to restore with: on `device`, frozen, spectral norm folded in, channels_last, and
+    where `autocast(device, kind)` is mixed, the weights of convolutions and linear layers cast once instead
+    of in every call. Modules whose name begins with one in the tuple `exact` keep float32 weights."""
+    network = fold(network).eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    kind_of_device = torch.device(device).type
+    with autocast(device, kind):
+        if torch.is_autocast_enabled(kind_of_device):
+            dtype = torch.get_autocast_dtype(kind_of_device)
+            for name, module in network.named_modules():
+                if isinstance(module, (nn.Conv2d, nn.Linear)) and not name.startswith(tuple(exact)):
+                    module.to(dtype)
+    return network
+
+
+def peak_memory(device, reset=False):
+    """The most memory in use since the last reset, in GB: of the GPU, else of the whole process (where the
+    system keeps no resettable figure, since its start)."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+    import resource                                                    # not on every system
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def median_time(call, device, runs):
+    """The median seconds of `runs` calls."""
+    seconds = []
+    for _ in range(runs):
+        begin = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return float(np.median(seconds))
+
+
+def benchmark(call, images, device, kind="auto", runs=7):
+    """Time call(), which restores `images` faces on `device`, and print a line: images/s (the median of
+    `runs` calls after two to warm up), peak memory, and the share of what a matrix product of 2048³ reaches
+    here in the same precision. The work is that of convolutions and matrix products, two operations a
+    multiply-add, counted by PyTorch. Returns the figures by name."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.inference_mode():
+        with FlopCounterMode(display=False) as counter:
+            call()
+        call()
+        with autocast(device, kind):
+            dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        factor = torch.randn(2048, 2048, device=device, dtype=dtype)
+        torch.mm(factor, factor)
+        ceiling = 2 * 2048 ** 3 / median_time(functools.partial(torch.mm, factor, factor), device, 5) / 1e12
+        del factor
+        peak_memory(device, reset=True)
+        seconds = median_time(call, device, runs)
+    work = counter.get_total_flops() / 1e12
+    figures = {"seconds": seconds, "images_per_second": images / seconds, "memory_gb": peak_memory(device),
+               "teraflop": work, "share": work / seconds / ceiling}
+    print(f"{images / seconds:.2f} images/s ({seconds:.3f} s for {images}), peak memory "
+          f"{figures['memory_gb']:.2f} GB, {work / seconds:.2f} of {ceiling:.2f} TFLOP/s "
+          f"({figures['share']:.0%} of a matrix product's)")
+    return figures
 
 
 @contextlib.contextmanager
@@ -1820,17 +2009,18 @@ def save_checkpoint(path, state):
         torch.save(state, temporary)
 
 
-def load_weights(path, device="cpu"):
-    """torch.load, tensors and plain values only; what is missing, damaged or holds code is an InputError."""
+def load_weights(path, device="cpu", advice=None):
+    """torch.load, tensors and plain values only; what is missing, damaged or holds code is an InputError,
+    which ends with `advice`, else with where checkpoints come from."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint; train one first (--train) "
-                         "or name another with --checkpoint") from None
+        train = "no such checkpoint; train one first (--train) or name another with --checkpoint"
+        raise InputError(f"{path}: {f'no such file; {advice}' if advice else train}") from None
     except Exception as error:              # torch raises half a dozen types for what is no checkpoint
         code = "Unsupported global" in str(error) or "Unsupported class" in str(error)
         reason = "holds code or objects, which are never run" if code else "damaged, or not a checkpoint"
-        raise InputError(f"{path}: {reason}; use a checkpoint that --train wrote") from None
+        raise InputError(f"{path}: {reason}; {advice or 'use a checkpoint that --train wrote'}") from None
 
 
 def load_checkpoint(path, script, device="cpu"):

@@ -28,11 +28,13 @@ TINY differs from the paper in size, and in what Config says beside it.
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -732,6 +734,13 @@ def main(argv=None):
     parser.add_argument("--out", metavar="DIR", help=f"the run's folder (default runs/{SCRIPT}), or where "
                                                      "restored pictures go (restored)")
     parser.add_argument("--checkpoint", metavar="FILE", help="default: the run's own")
+    parser.add_argument("--weights", metavar="FILE",
+                        help="for --restore: the authors' latest_net_G.pth, a file or its address "
+                             "(https://…)")
+    parser.add_argument("--official-dictionary", metavar="DIR",
+                        help="for --weights: the authors' DictionaryCenter512, a folder of *.npy")
+    parser.add_argument("--vgg", metavar="FILE",
+                        help="for --weights without a VGG-19: torchvision's, which the authors began with")
     parser.add_argument("--vggface", metavar="FILE", help="VGG-Face weights, the encoder of --preset paper")
     parser.add_argument("--landmarks", metavar="DIR",
                         help="a parallel folder of landmark files photo.jpg.txt")
@@ -745,6 +754,17 @@ def main(argv=None):
     if args.restore is None:
         run = Path(args.out or run)
     args.out = args.out or ("restored" if args.restore is not None else run)
+    if args.weights is not None:
+        for name in ("train", "evaluate", "checkpoint", "preset", "variant", "resume", "size", "vggface"):
+            if getattr(args, name):
+                raise InputError(f"--weights and --{name} do not go together: --weights is the authors' "
+                                 "network, to restore with")
+        if args.official_dictionary is None:
+            raise InputError("--weights wants --official-dictionary: the folder of the authors' 16 files "
+                             "*_center.npy")
+    elif args.official_dictionary is not None or args.vgg is not None:
+        raise InputError("--official-dictionary and --vgg belong to --weights, the authors' network; a "
+                         "trained one has its dictionary.pt")
     args.checkpoint = args.checkpoint or run / "checkpoint.pt"
     device = common.choose_device(args.device)
 
@@ -767,7 +787,12 @@ def main(argv=None):
             raise InputError(f"--size {cfg.size}: must be a multiple of 16, at least 64")
         train(cfg, args)
         return 0
-    net, cfg = load_network(args, device)
+    if args.weights is not None:
+        net, cfg = load_official(args.weights, args.official_dictionary, args.vgg), RELEASED
+        for part in (net, net.encoder):
+            part.to(device, memory_format=torch.channels_last)
+    else:
+        net, cfg = load_network(args, device)
     if args.evaluate:
         faces = load_faces(cfg, args)
         test = common.split_identities(faces)[2]
@@ -849,7 +874,65 @@ def released_name(name):
         number = (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28, 30, 32, 34).index(int(path[3]))
         block, layer = (number // 2, number % 2) if number < 4 else (2 + (number - 4) // 4, (number - 4) % 4)
         return "encoder", f"blocks.{block}.{layer}.{path[4]}"
-    return None                                    # aliases of the encoder, VGG's classifier, to_rgb
+    if path[0] in ("VggExtract", "to_rgb0", "to_rgb1", "to_rgb2", "to_rgb3") and path[1] in (
+            "features", "model", "0", "2"):
+        return None                                # aliases of the encoder, VGG's classifier, to_rgb
+    raise KeyError(name)
+
+
+def official_file(part, scale):
+    """The name of a file of the official dictionary."""
+    return f"{part}_{256 >> (scale - 1)}_center.npy"
+
+
+def official_entries(source, part, scale, channels, side):
+    """Entries (K,channels,side,side) of a component and scale, of a file or array (K, channels·side²)."""
+    name = official_file(part, scale)
+    file, wanted = name if isinstance(source, dict) else Path(source) / name, channels * side**2
+    try:
+        array = source[name] if isinstance(source, dict) else np.load(file, allow_pickle=False)
+        array = torch.from_numpy(np.ascontiguousarray(array, np.float32))
+    except (OSError, EOFError, ValueError, TypeError) as error:
+        raise InputError(f"{file}: not an array of numbers ({str(error).splitlines()[0]}); give the file "
+                         "that the authors released") from None
+    if array.ndim != 2 or array.shape[1] != wanted or not len(array):
+        raise InputError(f"{file}: {'×'.join(map(str, array.shape))} numbers, not K×{wanted}; give the file "
+                         "that the authors released")
+    return array.view(-1, channels, side, side)
+
+
+def load_official(source, dictionary, vgg=None):
+    """latest_net_G.pth as its authors released it, a file, its address or its state dict, with their
+    dictionary (a folder of *_center.npy, or {file name: array}) → the network, frozen: degraded
+    (B,3,512,512) in [-1,1], boxes (B,4,4) → restored (B,3,512,512). InputError for what does not fit.
+
+    The file holds the authors' VGG-19. What of it is missing is taken from `vgg`, a file of torchvision's.
+    """
+    names = [official_file(part, scale) for scale in RELEASED.dft_scales for part in PARTS]
+    there = dictionary if isinstance(dictionary, dict) else {x.name for x in Path(dictionary).glob("*.npy")}
+    if missing := [name for name in names if name not in there]:
+        folder = "the dictionary" if isinstance(dictionary, dict) else dictionary
+        raise InputError(f"{folder}: {len(missing)} of the 16 files *_center.npy are missing, the first "
+                         f"{missing[0]}; give the folder that the authors released")
+    state = {}
+    if vgg is not None:
+        state = {f"VggExtract.model.{name}": value for name, value in common.read_published(vgg).items()}
+        state |= {"VggExtract.RGB_mean": torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1),
+                  "VggExtract.RGB_std": torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)}
+    for name, value in common.read_published(source).items():      # features.0.2 is model.features.2 again
+        state[re.sub(r"^VggExtract\.features\.\d\.", "VggExtract.model.features.", name)] = value
+    encoder = common.VGG(last_relu=False)
+    net = DFDNet(replace(RELEASED, entries=1), encoder)
+    common.load_named(nn.ModuleDict({"net": net, "encoder": encoder}), state,
+                      lambda name: ".".join(released_name(name) or ()) or None, "DFDNet's weights",
+                      "the state dict" if isinstance(source, dict) else source)
+    for scale in RELEASED.dft_scales:              # one at a time: with 512 entries all have 3 GB
+        sides = RELEASED.part_sizes[scale - 1]
+        net.blocks[f"scale{scale}"].set_dictionary({
+            part: official_entries(dictionary, part, scale, encoder.widths[scale - 1], side)
+            for part, side in zip(PARTS, sides)})
+    net.cfg = replace(RELEASED, entries=len(net.blocks["scale1"].nose))
+    return net
 
 
 if __name__ == "__main__":

@@ -1063,6 +1063,9 @@ def main(argv=None):
     parser.add_argument("--out", metavar="DIR", help=f"the run's folder (default runs/{SCRIPT}), or where "
                                                      "restored pictures go (restored)")
     parser.add_argument("--checkpoint", metavar="FILE", help="default: the run's own")
+    parser.add_argument("--weights", metavar="FILE",
+                        help="for --restore and --save-dictionary: the authors' DMDNet.pth, a file or its "
+                             "address (https://…)")
     parser.add_argument("--vggface", metavar="FILE", help="VGG-Face weights, for --preset paper's losses")
     parser.add_argument("--landmarks", metavar="DIR",
                         help="a parallel folder of landmark files photo.jpg.txt")
@@ -1077,6 +1080,11 @@ def main(argv=None):
     if training:
         run = Path(args.out or run)
     args.out = args.out or (run if training else "restored")
+    if args.weights is not None:
+        for name in ("train", "evaluate", "checkpoint", "preset", "variant", "resume", "size"):
+            if getattr(args, name):
+                raise InputError(f"--weights and --{name} do not go together: --weights is the authors' "
+                                 "network, to restore with")
     args.checkpoint = args.checkpoint or run / "checkpoint.pt"
     device = common.choose_device(args.device)
 
@@ -1102,7 +1110,10 @@ def main(argv=None):
             raise InputError(f"--size {cfg.size}: must be a multiple of 16, at least 64")
         train(cfg, args)
         return 0
-    net, cfg = load_network(args, device)
+    if args.weights is not None:
+        net, cfg = load_official(args.weights).to(device, memory_format=torch.channels_last), RELEASED
+    else:
+        net, cfg = load_network(args, device)
     if args.evaluate:
         faces = load_faces(cfg, args)
         test = common.split_identities(faces)[2]
@@ -1247,6 +1258,14 @@ def released_name(name):
     layer = {"conv1": "reduce", "ScaleModel1": "scale", "ShiftModel1": "shift", "convup": "widen"}[rest[0]]
     rest = rest[1:] if layer != "widen" else [str(int(rest[1]) - 1), *rest[2:]]
     return ".".join(["stages", str(int(head[2]) - 1), layer, *rest])
+
+
+def load_official(source):
+    """DMDNet.pth as its authors released it, a file, its address or its state dict → the network, frozen:
+    degraded (B,3,512,512) in [-1,1], boxes (B,4,4) (released_boxes), and, where there are any, references
+    (B,N,3,512,512) and reference_boxes (B,N,4,4) → restored (B,3,512,512). InputError for what does not
+    fit."""
+    return common.load_named(DMDNet(RELEASED), source, released_name, "DMDNet's weights")
 
 
 if __name__ == "__main__":

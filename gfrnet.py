@@ -718,6 +718,8 @@ def main(argv=None):
     parser.add_argument("--out", metavar="DIR", help=f"the run's folder (default runs/{SCRIPT}), or where "
                                                      "restored pictures go (restored)")
     parser.add_argument("--checkpoint", metavar="FILE", help="default: the run's own")
+    parser.add_argument("--weights", metavar="FILE",
+                        help="the authors released none that PyTorch reads: use --checkpoint")
     parser.add_argument("--vggface", metavar="FILE", help="VGG-Face weights, for the loss of --preset paper")
     parser.add_argument("--landmarks", metavar="DIR",
                         help="a parallel folder of landmark files photo.jpg.txt")
@@ -731,6 +733,9 @@ def main(argv=None):
     if args.restore is None:
         run = Path(args.out or run)
     args.out = args.out or ("restored" if args.restore is not None else run)
+    if args.weights is not None:
+        raise InputError(f"--weights {args.weights}: GFRNet's authors released none that PyTorch reads; "
+                         "train it (--train), and name the result with --checkpoint")
     args.checkpoint = args.checkpoint or run / "checkpoint.pt"
     device = common.choose_device(args.device)
 

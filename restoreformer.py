@@ -35,6 +35,7 @@ import argparse
 import math
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -70,34 +71,35 @@ class Config:
     recognition: bool = False                # E_h and E_d are the frozen recognition network
     codes: int = 512                         # M
     code_channels: int = 64                  # C, the length of a code
-    heads: int = 4                           # N_h; 8 in the released network
-    widths: tuple = (16, 32, 64, 128)        # channels of each level; full size first, then ever half of it
-    blocks: tuple = (1, 1, 2, 2)             # residual blocks of each level, in encoder and decoder
+    heads: int = 2                           # N_h; 8 in the released network
+    widths: tuple = (16, 32, 64)             # channels of each level; full size first, then ever half of it
+    blocks: tuple = (0, 1, 2)                # residual blocks of each level, in encoder and decoder
+    doubling: str = "bilinear"               # of the decoder's maps: few steps leave a lattice of "nearest"
     groups: int = 1                          # of GroupNorm in them; 32 in the released network
     restart_every: int = 20                  # steps after which unused codes restart; the paper has none
     released: bool = False                   # the network of the published weights, see the last chapter
 
-    weight_perceptual: float = 0.1           # λ_per; 1 in the paper, with another encoder
+    weight_perceptual: float = 0.25          # λ_per; 1 in the paper, with another encoder
     weight_code: float = 0.25                # λ_p
     weight_component: float = 0.005          # λ_disc; 1 in the paper, for many more steps
     weight_style: float = 1.0                # λ_style; 2000 in the paper
     weight_adversarial: float = 0.005        # λ_adv; 0.8 in the paper
-    weight_identity: float = 0.15            # λ_id; 1.5 in the paper
+    weight_identity: float = 0.3             # λ_id; 1.5 in the paper
     weight_codebook: float = 1.0             # λ_d
     weight_commitment: float = 0.25          # λ_c
     discriminator_width: int = 16
     dictionary_rate: float = 8e-4            # learning rate of the first stage; 7e-5 in the paper
     dictionary_decay: float = 1.0            # part of its steps after which the rate falls to a tenth
-    learning_rate: float = 5e-4              # of the second stage; 7e-6 in the paper
+    learning_rate: float = 3e-4              # of the second stage; 7e-6 in the paper
     betas: tuple = (0.9, 0.99)               # β1, β2 of Adam
     clip: float = 1.0                        # longest gradient; the paper clips none
-    cooldown: float = 0.3                    # last part of the steps: the rate falls to 0; none in the paper
+    cooldown: float = 0.6                    # last part of the steps: the rate falls to 0; none in the paper
     crop: float = 0.05                       # largest random change of scale and place, parts of the size
     jitter: float = 0.1                      # of brightness and contrast
-    dictionary_steps: int = 800             # of the first stage
-    steps: int = 850                        # of the second stage
+    dictionary_steps: int = 480              # of the first stage
+    steps: int = 820                         # of the second stage
     batch: int = 4                           # faces a process and step
-    validate_every: int = 100                # steps; also when a checkpoint is written
+    validate_every: int = 200                # steps; also when a checkpoint is written
     degradation: str = "restoreformer"       # Eq. (19)
     blur: float = 2.5                        # its widest σ; 10 in the paper, of 512 pixels
 
@@ -120,10 +122,11 @@ class Config:
 TINY = Config()
 PAPER = replace(TINY, preset="paper", size=512, encoder="vgg", codes=1024, code_channels=256,
                 widths=(64, 128, 128, 256, 256, 512), blocks=(2,) * 6, groups=32, heads=8,
-                restart_every=0, weight_perceptual=1.0, weight_component=1.0, weight_style=2000.0,
-                weight_adversarial=0.8, weight_identity=1.5, discriminator_width=64, dictionary_rate=7e-5,
-                dictionary_decay=0.75, learning_rate=7e-6, clip=math.inf, cooldown=0, crop=0, jitter=0,
-                dictionary_steps=800_000, steps=60_000, batch=16, validate_every=5_000, blur=10.0)
+                doubling="nearest", restart_every=0, weight_perceptual=1.0, weight_component=1.0,
+                weight_style=2000.0, weight_adversarial=0.8, weight_identity=1.5, discriminator_width=64,
+                dictionary_rate=7e-5, dictionary_decay=0.75, learning_rate=7e-6, clip=math.inf, cooldown=0,
+                crop=0, jitter=0, dictionary_steps=800_000, steps=60_000, batch=16, validate_every=5_000,
+                blur=10.0)
 RELEASED = replace(PAPER, preset="released", released=True, batch=4)
 PRESETS = {"tiny": TINY, "paper": PAPER, "released": RELEASED}
 VARIANTS = {                                 # Table 4 and the last paragraph of Section 4.4
@@ -162,7 +165,7 @@ class Residual(nn.Module):
             self.body[-1].weight *= 0.1
 
     def forward(self, x):
-        return self.shortcut(x) + self.body(x)
+        return self.body(x).add_(self.shortcut(x))       # in place: a fresh map costs more than the sum
 
 
 def level(before, after, blocks, resize, groups):
@@ -294,14 +297,15 @@ class SFT(nn.Module):
 
 
 class Decoder(nn.Module):
-    """D_h, D_d: (B,C,H/s,W/s) → (B,3,H,W), bounded by nothing; nearest doublings between the levels."""
+    """D_h, D_d: (B,C,H/s,W/s) → (B,3,H,W), bounded by nothing; doublings between the levels."""
 
     def __init__(self, cfg):
         super().__init__()
         self.norm = nn.LayerNorm(cfg.code_channels)
         before, layers = None, [convolution(cfg.code_channels, cfg.widths[-1])]
         for width, blocks in zip(reversed(cfg.widths), reversed(cfg.blocks)):
-            layers += level(before, width, blocks, nn.Upsample(scale_factor=2), cfg.groups)
+            double = nn.Upsample(scale_factor=2, mode=cfg.doubling)
+            layers += level(before, width, blocks, double, cfg.groups)
             before = width
         self.layers = nn.Sequential(*layers, normalisation(before, cfg.groups), nn.SiLU(),
                                     convolution(before, 3))
@@ -739,12 +743,14 @@ def finish(net, faces, test, cfg, args, device, seconds):
         result = {"script": SCRIPT, "variant": cfg.variant, "preset": cfg.preset,
                   "data": str(args.data or "rendered"), "size": cfg.size,
                   "steps": cfg.steps, "seconds": round(seconds, 1),
-                  "test": evaluate(net, faces, common.spread(test, 128), cfg, device, args.lpips, args.fid)}
+                  "test": evaluate(net, faces, common.spread(test, 128), cfg, device, args.lpips, args.fid,
+                                   args.precision)}
         common.write_json(out / "result.json", result)
-        batch = next(restored_batches(net, faces, common.spread(test, 6), cfg, device, 4))
+        batch = next(restored_batches(net, faces, common.spread(test, 6), cfg, device, 4,
+                                      precision=args.precision))
         common.write_image(out / "samples.png", common.comparison_grid({name: batch[name] for name in (
             "degraded", "restored", "target")}))
-        draw_attention(out / "attention.png", net, batch, cfg, device)
+        draw_attention(out / "attention.png", net, batch, cfg, device, args.precision)
         print_results(result["test"])
     written = [name for name in ("checkpoint.pt", "dictionary.pt", "config.json", "log.csv", "curves.png",
                                  "reconstructions.png", "samples.png", "attention.png", "result.json")
@@ -753,11 +759,11 @@ def finish(net, faces, test, cfg, args, device, seconds):
 
 
 @torch.inference_mode()
-def draw_attention(path, net, batch, cfg, device):
+def draw_attention(path, net, batch, cfg, device, precision="auto"):
     """attention.png: what the feature at the left eye (+) reads, per head, over the degraded face; a row for
     each attention of each of three faces. Bright is much."""
     shown = batch["degraded"][:3]
-    with common.autocast(device):
+    with common.autocast(device, precision):
         maps = net.attention_maps(shown.to(device, memory_format=torch.channels_last))
     if not maps:
         return
@@ -791,7 +797,7 @@ def draw_attention(path, net, batch, cfg, device):
 # -----------------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def restore(net, degraded, landmarks=None, batch=8):
+def restore(net, degraded, landmarks=None, batch=8, precision="auto"):
     """Restore faces: degraded (N,3,size,size) in [-1,1] → (N,3,size,size) in [-1,1], on the CPU. Landmarks
     are not needed. Out of GPU memory, the batch is halved, with a line that says so."""
     device, results, start = next(net.parameters()).device, [], 0
@@ -800,7 +806,7 @@ def restore(net, degraded, landmarks=None, batch=8):
     while start < len(degraded):
         part = slice(start, start + batch)
         try:
-            with common.autocast(device):
+            with common.autocast(device, precision):
                 images = degraded[part].to(device, memory_format=torch.channels_last)
                 results.append(net(images).float().clamp(-1, 1).cpu())
             start += batch
@@ -814,15 +820,15 @@ def restore(net, degraded, landmarks=None, batch=8):
     return torch.cat(results)
 
 
-def restored_batches(net, faces, indices, cfg, device, scale, stage=2, batch=16):
+def restored_batches(net, faces, indices, cfg, device, scale, stage=2, batch=16, precision="auto"):
     """Held-out faces in batches, by name: degraded, restored, target, landmarks. Degraded by (seed, scale,
     place) alone; in stage 1 not at all."""
     for start in range(0, len(indices), batch):
         target, landmarks = common.stack_faces(faces, indices[start:start + batch])
         generator = common.seeded(cfg.seed, 4, scale or 0, start)
         degraded = target if stage == 1 else common.degrade(target, degradation_of(cfg), generator, scale)
-        yield {"degraded": degraded, "restored": restore(net, degraded, landmarks, batch), "target": target,
-               "landmarks": landmarks}
+        yield {"degraded": degraded, "restored": restore(net, degraded, landmarks, batch, precision),
+               "target": target, "landmarks": landmarks}
 
 
 def feature_distance(judge, image, target):
@@ -834,7 +840,7 @@ def feature_distance(judge, image, target):
                    for a, b in pairs) / 4
 
 
-def evaluate(net, faces, indices, cfg, device, lpips_files=None, fid_file=None):
+def evaluate(net, faces, indices, cfg, device, lpips_files=None, fid_file=None, precision="auto"):
     """×4 and ×8 on held-out faces → "test" of result.json: PSNR dB, SSIM, identity in degrees, feature
     distance; LPIPS and FID (from these people's sharp faces) where files of their weights are given."""
     judge = common.recogniser(faces, "metric")
@@ -843,7 +849,7 @@ def evaluate(net, faces, indices, cfg, device, lpips_files=None, fid_file=None):
     table = {}
     for scale in (4, 8):
         columns, seen = {"input": [], "restored": []}, {"input": [], "restored": [], "target": []}
-        for batch in restored_batches(net, faces, indices, cfg, device, scale):
+        for batch in restored_batches(net, faces, indices, cfg, device, scale, precision=precision):
             target = batch["target"]
             for name, image in (("input", batch["degraded"]), ("restored", batch["restored"])):
                 measures = [common.psnr(image, target), common.ssim(image, target),
@@ -880,6 +886,32 @@ def print_results(table):
             print(f"{task}: {', '.join(more)}")
 
 
+def for_restoration(net, device, precision="auto"):
+    """The network made ready to restore with, once; it cannot be trained any more. What it paints stays the
+    same up to rounding: doublings and the convolutions behind them are merged, activations overwrite their
+    input, and weights are cast. The released encoder keeps float32 unless all is to be bfloat16."""
+    released = isinstance(net, ReleasedRestoreFormer)
+    for module in list(net.modules()):
+        if isinstance(module, nn.SiLU):
+            module.inplace = True        # its input is always a normalisation's output, which nobody else reads
+        elif isinstance(module, ReleasedLevel) and module.up is not None:
+            module.up = merge_doubling(module.up)
+    net = common.for_inference(net, device, precision,
+                               ("encoder", "before") if released and precision != "bfloat16" else ())
+    for module in net.modules():                 # what common.for_inference leaves out
+        if isinstance(module, nn.ConvTranspose2d):
+            module.to(net.decoder.enter.weight.dtype)
+    return net
+
+
+def benchmark(net, cfg, args, device):
+    """Time restore() on --batch pictures of noise: what a picture shows does not change the speed."""
+    count = args.batch or 1
+    degraded = torch.rand(count, 3, cfg.size, cfg.size, generator=common.seeded(args.seed or 0, 7)) * 2 - 1
+    return common.benchmark(lambda: restore(net, degraded, None, count, args.precision), count, device,
+                            args.precision)
+
+
 def load_network(args, device, path=None):
     """The network of --checkpoint (or of `path`, which may be of stage 1), and its Config."""
     state = common.load_checkpoint(path or args.checkpoint, SCRIPT, device)
@@ -901,6 +933,19 @@ def load_network(args, device, path=None):
 # -----------------------------------------------------------------------------------------------------------
 # 8. Command line
 # -----------------------------------------------------------------------------------------------------------
+
+def chosen_config(args):
+    """The Config that a command line asks for, but for --steps, which change two of its numbers."""
+    preset, variant = args.preset or "tiny", args.variant or "full"
+    if preset == "released" and variant != "full":
+        raise InputError("--variant: the paper's ablations are of its own network, not of --preset released")
+    chosen = {name: getattr(args, name) for name in ("size", "batch", "seed")
+              if getattr(args, name) is not None}
+    cfg = replace(PRESETS[preset], variant=variant, **VARIANTS[variant], **chosen)
+    if cfg.size % max(cfg.stride, 16) or cfg.size < 64:
+        raise InputError(f"--size {cfg.size}: must be a multiple of {max(cfg.stride, 16)}, at least 64")
+    return cfg
+
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -924,6 +969,8 @@ def main(argv=None):
     action.add_argument("--evaluate", action="store_true",
                         help="measure a trained network on held-out identities")
     action.add_argument("--restore", metavar="PATH", help="restore a picture, or every picture of a folder")
+    action.add_argument("--benchmark", action="store_true", help="time restoration: images/s, peak memory, "
+                                                                 "share of a matrix product's speed")
     parser.add_argument("--stage", type=int, choices=(1, 2),
                         help="train only the dictionary (1), or only what comes after it (2); default: both")
     parser.add_argument("--data", metavar="DIR",
@@ -939,11 +986,16 @@ def main(argv=None):
     parser.add_argument("--batch", type=positive, help="images a step and process")
     parser.add_argument("--seed", type=natural, help="fixes data, initialisation and order (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="of restoration: auto is bfloat16 where the processor gains and the result "
+                             "stays the same to the eye")
     parser.add_argument("--workers", type=natural, default=0,
                         help="processes that read and degrade images (default 0)")
     parser.add_argument("--out", metavar="DIR", help=f"the run's folder (default runs/{SCRIPT}), or where "
                                                      "restored pictures go (restored)")
     parser.add_argument("--checkpoint", metavar="FILE", help="default: the run's own")
+    parser.add_argument("--weights", metavar="FILE",
+                        help="for --restore: the authors' RestoreFormer.ckpt, a file or its address (https://…)")
     parser.add_argument("--vggface", metavar="FILE",
                         help="VGG-Face weights, in VGG-19's place in --preset paper's perceptual loss")
     parser.add_argument("--lpips", metavar=("ALEXNET", "LINEAR"), nargs=2,
@@ -961,6 +1013,18 @@ def main(argv=None):
     if args.restore is None:
         run = Path(args.out or run)
     args.out = args.out or ("restored" if args.restore is not None else run)
+    if args.weights is not None:
+        for name in ("train", "evaluate", "checkpoint", "preset", "variant", "resume", "size", "stage"):
+            if getattr(args, name):
+                raise InputError(f"--weights and --{name} do not go together: --weights is the authors' "
+                                 "network, to restore with")
+    fresh = args.benchmark and args.weights is None and args.checkpoint is None
+    if args.train and args.precision != "auto":
+        raise InputError("--precision and --train do not go together: it is of restoration; training takes "
+                         "bfloat16 where the processor gains")
+    if args.benchmark and args.size and not fresh:
+        raise InputError("--size and --checkpoint do not go together in --benchmark: a trained network has "
+                         "its size")
     args.checkpoint = args.checkpoint or run / "checkpoint.pt"
     device = common.choose_device(args.device)
 
@@ -978,30 +1042,33 @@ def main(argv=None):
                          if name != "steps" and value != getattr(cfg, name)]:
                 raise InputError(f"--resume goes on with the run as it began; --{fixed[0]} cannot change")
         else:
-            preset, variant = args.preset or "tiny", args.variant or "full"
-            if preset == "released" and variant != "full":
-                raise InputError("--variant: the paper's ablations are of its own network, not of "
-                                 "--preset released")
-            cfg = replace(PRESETS[preset], variant=variant, **VARIANTS[variant],
-                          **{name: value for name, value in chosen.items() if name != "steps"})
-            first = True
+            cfg, first = chosen_config(args), True
         if args.steps and args.steps != cfg.steps:
             dictionary_steps = max(round(cfg.dictionary_steps * args.steps / cfg.steps), 1)
             cfg = replace(cfg, steps=args.steps,
                           dictionary_steps=dictionary_steps if first else cfg.dictionary_steps)
-        if cfg.size % max(cfg.stride, 16) or cfg.size < 64:
-            raise InputError(f"--size {cfg.size}: must be a multiple of {max(cfg.stride, 16)}, at least 64")
         train(cfg, args)
         return 0
-    net, cfg = load_network(args, device)
+    if args.weights is not None:
+        net, cfg = load_official(args.weights), RELEASED
+    elif fresh:
+        cfg = chosen_config(args)
+        torch.manual_seed(cfg.seed)
+        net = build(cfg, encoder=common.Recogniser().folded() if cfg.recognition else None)
+    else:
+        net, cfg = load_network(args, device)
+    net = for_restoration(net, device, args.precision)
+    if args.benchmark:
+        benchmark(net, cfg, args, device)
+        return 0
     if args.evaluate:
         faces = load_faces(cfg, args)
         test = common.split_identities(faces)[2]
         finish(net, faces, test, cfg, args, device, 0.0)
         return 0
     failures = common.restore_files(
-        args.restore, args.out, cfg.size, lambda crops, landmarks, file: restore(net, crops, landmarks),
-        aligned=args.aligned, landmarks=args.landmarks, overwrite=args.overwrite, check=args.check,
+        args.restore, args.out, cfg.size, lambda crops, landmarks, file: restore(
+            net, crops, landmarks, precision=args.precision), aligned=args.aligned, landmarks=args.landmarks, overwrite=args.overwrite, check=args.check,
         device=device)
     return 1 if failures else 0
 
@@ -1064,7 +1131,24 @@ class ReleasedLevel(nn.Module):
                 x = self.attentions[index](x, query)
         if self.down:
             x = self.down(F.pad(x, (0, 1, 0, 1)))
+        if isinstance(self.up, nn.ConvTranspose2d):              # both steps in one, see merge_doubling
+            return self.up(x)
         return self.up(F.interpolate(x, scale_factor=2)) if self.up else x
+
+
+def merge_doubling(layer):
+    """A nearest doubling and the 3×3 convolution behind it, in one: a transposed 4×4 convolution of stride 2.
+
+    The doubling repeats each value 2×2 times, which is a transposed convolution of stride 2 with ones; a
+    convolution behind it convolves its kernel with those ones. Zeros around the doubled map are zeros around
+    the small one. Four of the sixteen weights reach an output, in place of nine: 2.25 times less work.
+    """
+    merged = nn.ConvTranspose2d(layer.in_channels, layer.out_channels, 4, 2, 1)
+    with torch.no_grad():
+        kernel = layer.weight.flip(2, 3).transpose(0, 1)         # as a transposed convolution has it
+        merged.weight.copy_(sum(F.pad(kernel, (x, 1 - x, y, 1 - y)) for x in (0, 1) for y in (0, 1)))
+        merged.bias.copy_(layer.bias)
+    return merged
 
 
 class ReleasedMiddle(nn.Module):
@@ -1137,8 +1221,12 @@ class ReleasedRestoreFormer(nn.Module):
         self.before, self.after = (nn.Conv2d(channels, channels, 1) for _ in range(2))
 
     def latents(self, image):
-        first, second, x = self.encoder(image)
-        features = self.before(x).float()
+        # Half precision would give some features another code, and the picture other details: float32, unless
+        # the weights have been cast on demand.
+        exact = not self.training and self.before.weight.dtype == torch.float32
+        with torch.autocast(image.device.type, enabled=False) if exact else nullcontext():
+            first, second, x = self.encoder(image)
+            features = self.before(x).float()
         priors, _ = self.dictionary(features)
         asking = (first, second) if self.cross else (None, None)
         return features, priors, self.after(features + (priors - features).detach()), asking
@@ -1186,6 +1274,16 @@ def released_name(name):
         return ".".join([model, "levels", level, kind.removesuffix("sample"), *rest[1:]])
     kind, table = ("attentions", attention) if kind == "attn" else ("blocks", layers)
     return ".".join([model, "levels", level, kind, rest[0], table[rest[1]], *rest[2:]])
+
+
+def load_official(source):
+    """RestoreFormer.ckpt as its authors released it, a file, its address or its state dict → the network,
+    frozen: degraded (B,3,512,512) in [-1,1] → restored, the same. InputError for what does not fit."""
+    # Lightning names a class of its own among the settings that it saves; an empty one may stand for it.
+    torch.serialization.add_safe_globals([type("ModelCheckpoint", (), {
+        "__module__": "pytorch_lightning.callbacks.model_checkpoint"})])
+    return common.load_named(ReleasedRestoreFormer(RELEASED), source, released_name,
+                             "RestoreFormer's weights")
 
 
 if __name__ == "__main__":

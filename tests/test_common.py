@@ -1,4 +1,5 @@
 """common.py against independent forms: loops, closed forms, Pillow, NumPy, published numbers."""
+import contextlib
 import functools
 import hashlib
 import io
@@ -11,6 +12,7 @@ import shutil
 import struct
 import sys
 import threading
+import time
 import types
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,11 +33,12 @@ PUBLIC = """
     CACHE COMPONENTS DEGRADATIONS Degradation FFHQ_TEMPLATE FID Face FaceFolder IMAGE_SUFFIXES
     INNER_LIP InputError JAW LEFT_BROW LEFT_EYE LPIPS NOSE_BASE NOSE_BRIDGE OUTER_LIP Progress
     RIGHT_BROW RIGHT_EYE Range Recogniser RenderedFaces VGG align_face angular_margin_loss augment autocast
-    blur choose_device comparison_grid component_boxes degrade detect_landmarks download
-    draw_landmarks face_matrix find_landmarks five_points frechet_distance gaussian_matrix
+    benchmark blur choose_device comparison_grid component_boxes degrade detect_landmarks download
+    draw_landmarks face_matrix find_landmarks five_points fold for_inference frechet_distance gaussian_matrix
     identity_distance invert_matrix jpeg landmark_heatmaps landmark_mask load_checkpoint
-    load_published load_vgg load_weights mean_landmarks mirror motion_kernels paired_gain paste_face
-    precision print_table process_group psnr read_image read_landmarks read_references recogniser
+    load_named load_published load_vgg load_weights mean_landmarks mirror motion_kernels paired_gain
+    paste_face precision print_table process_group psnr read_image read_landmarks read_published
+    read_references recogniser
     replacing restore_files run_script save_checkpoint seeded show similarity split_identities spread
     ssim stack_faces stack_person to_uint8 transform_points verification_accuracy warp_affine write_image
     write_json write_landmarks write_log
@@ -1318,6 +1321,131 @@ def test_download_refuses_what_is_not_the_expected_file(server, tmp_path):
     with pytest.raises(InputError, match="404"):
         common.download(f"{url}/none", tmp_path / "x.pth", SHA256)
     assert not (tmp_path / "x.pth").exists()
+
+
+class Site:
+    """A server whose file and manners change: what each answer is, is taken from `manners`, the last of
+    them for ever. A manner: version of the file, whether Range is honoured, how many bytes are sent before
+    it hangs up, the Content-Length it states beyond the true one, seconds it waits, whether it has an ETag.
+    """
+
+    def __init__(self):
+        self.manners, self.asked = [{}], []
+        site = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                manner = site.manners[0] if len(site.manners) == 1 else site.manners.pop(0)
+                content = bytes(reversed(CONTENT)) if manner.get("version", 1) == 2 else CONTENT
+                tag, wanted = f'"{manner.get("version", 1)}"', self.headers.get("Range")
+                site.asked.append(wanted)
+                fits = manner.get("careless") or self.headers.get("If-Range") in (None, tag)
+                start = int(wanted[6:-1]) if wanted and fits and manner.get("range", True) else 0
+                if start >= len(content):
+                    self.send_response(416)
+                    self.send_header("Content-Range", f"bytes */{len(content)}")
+                    return self.end_headers()
+                self.send_response(206 if start else 200)
+                stated = len(content) - start + manner.get("more", 0)
+                self.send_header("Content-Length", str(stated))
+                if start:
+                    self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+                if manner.get("tag", True):
+                    self.send_header("ETag", tag)
+                self.end_headers()
+                self.wfile.write(content[start:][:manner.get("sent", len(content))])
+                self.wfile.flush()
+                time.sleep(manner.get("wait", 0))
+
+            def log_message(self, *_):
+                pass
+
+            def handle(self):
+                with contextlib.suppress(ConnectionError):              # the other side may hang up, too
+                    super().handle()
+
+        self.web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.web.server_port}/weights.pth"
+        threading.Thread(target=self.web.serve_forever, args=(0.02,), daemon=True).start()
+
+
+@pytest.fixture
+def site(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    site = Site()
+    yield site
+    site.web.shutdown()
+    site.web.server_close()
+
+
+HALF = {"sent": 1_500_000}
+
+
+def test_download_without_a_checksum_checks_the_length_and_does_not_fetch_again(site, tmp_path):
+    for _ in range(2):
+        assert common.download(site.url, tmp_path / "w.pth").read_bytes() == CONTENT
+    assert site.asked == [None] and [file.name for file in tmp_path.iterdir()] == ["w.pth"]
+
+
+@pytest.mark.parametrize("manners, begins_again", [
+    ([HALF, {}], False), ([*[{"sent": 500_000}] * 5, {}], False),
+    ([HALF, {"range": False}], True), ([HALF | {"tag": False}, {"tag": False}], True),
+    ([HALF, {"version": 2}], True), ([HALF, {"version": 2, "careless": True}, {"version": 2}], True)],
+    ids=["hangs up", "again and again", "no Range", "no version", "changed", "changed, careless"])
+def test_download_goes_on_only_with_the_same_file(site, tmp_path, manners, begins_again):
+    site.manners = manners
+    changed = manners[-1].get("version") == 2
+    expected = bytes(reversed(CONTENT)) if changed else CONTENT
+    assert common.download(site.url, tmp_path / "w.pth").read_bytes() == expected
+    assert [file.name for file in tmp_path.iterdir()] == ["w.pth"] and site.asked[0] is None
+    if not begins_again:
+        assert None not in site.asked[1:]
+
+
+def test_download_goes_on_in_a_later_run(site, tmp_path):
+    site.manners = [HALF, {"sent": 0}]
+    with pytest.raises(InputError, match="run the command again"):
+        common.download(site.url, tmp_path / "w.pth")
+    assert not (tmp_path / "w.pth").exists()
+    site.manners = [{}]
+    assert common.download(site.url, tmp_path / "w.pth").read_bytes() == CONTENT
+    assert int(site.asked[-1].removeprefix("bytes=").removesuffix("-")) > 1_000_000
+    (tmp_path / "x.pth.part").write_bytes(b"of nobody knows what")
+    assert common.download(site.url, tmp_path / "x.pth").read_bytes() == CONTENT and site.asked[-1] is None
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["w.pth", "x.pth"]
+
+
+@pytest.mark.parametrize("range_", [True, False])
+def test_download_refuses_a_body_shorter_than_announced(site, tmp_path, range_):
+    site.manners = [{"more": 1000, "range": range_, "tag": range_}]
+    with pytest.raises(InputError, match="run the command again") as caught:
+        common.download(site.url, tmp_path / "w.pth")
+    assert "\n" not in str(caught.value) and len(site.asked) in (3, 4) and not (tmp_path / "w.pth").exists()
+
+
+def test_download_of_a_body_longer_than_announced_ends_at_that_length(site, tmp_path):
+    """It cannot be told from a whole file but by a checksum, or by reading it."""
+    site.manners = [{"more": -1000}]
+    assert common.download(site.url, tmp_path / "w.pth").read_bytes() == CONTENT[:-1000]
+    with pytest.raises(InputError, match="sha256"):
+        common.download(site.url, tmp_path / "x.pth", SHA256)
+    assert [file.name for file in tmp_path.iterdir()] == ["w.pth"]
+
+
+def test_download_gives_up_on_a_server_that_falls_silent(site, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "TIMEOUT", (1, 0.2))
+    site.manners = [{"sent": 1000, "wait": 1}, {"sent": 0, "wait": 1}]
+    with pytest.raises(InputError, match="timed out"):
+        common.download(site.url, tmp_path / "w.pth")
+    assert 3 <= len(site.asked) <= 4
+
+
+def test_download_needs_a_server(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for url in ("http://127.0.0.1:9/w.pth", "http://", "ftp://127.0.0.1/w.pth"):
+        with pytest.raises(InputError) as caught:
+            common.download(url, tmp_path / "w.pth")
+        assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------- 7. Runs
