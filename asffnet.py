@@ -640,9 +640,10 @@ def finish(net, faces, test, cfg, args, device, seconds):
     result = {"script": SCRIPT, "variant": cfg.variant, "preset": cfg.preset,
               "data": str(args.data or "rendered"), "size": cfg.size,
               "steps": cfg.steps, "seconds": round(seconds, 1),
-              "test": evaluate(net, faces, common.spread(test, 128), cfg, device)}
+              "test": evaluate(net, faces, common.spread(test, 128), cfg, device, args.precision)}
     common.write_json(out / "result.json", result)
-    batch = next(restored_batches(net, faces, common.spread(test, 6), cfg, device, 4))
+    batch = next(restored_batches(net, faces, common.spread(test, 6), cfg, device, 4,
+                                  precision=args.precision))
     positions = moving_least_squares(batch["landmarks"], batch["guide_landmarks"], cfg.size, 1)
     batch["aligned guide"] = warp_features(batch["guide"], positions, 1)
     common.write_image(out / "samples.png", common.comparison_grid({name: batch[name] for name in (
@@ -683,7 +684,7 @@ def draw_attention(path, net, batch):
 # -----------------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def restore(net, degraded, landmarks, exemplars, exemplar_landmarks, batch=8):
+def restore(net, degraded, landmarks, exemplars, exemplar_landmarks, batch=8, precision="auto"):
     """Restore faces, each guided by the best of its exemplars: degraded (N,3,size,size) in [-1,1], landmarks
     (N,68,2), exemplars (N,K,3,size,size), exemplar_landmarks (N,K,68,2) → restored (N,3,size,size) in [-1,1]
     and the chosen k (N,), on the CPU. Out of GPU memory, the batch is halved, with a line that says so."""
@@ -695,7 +696,7 @@ def restore(net, degraded, landmarks, exemplars, exemplar_landmarks, batch=8):
     while start < len(degraded):
         part = slice(start, start + batch)
         try:
-            with common.autocast(device):
+            with common.autocast(device, precision):
                 images, guide = (x[part].to(device, memory_format=torch.channels_last)
                                  for x in (degraded, guides))
                 restored = net(images, guide, landmarks[part].to(device), guide_landmarks[part].to(device))
@@ -711,7 +712,7 @@ def restore(net, degraded, landmarks, exemplars, exemplar_landmarks, batch=8):
     return torch.cat(results), chosen
 
 
-def restored_batches(net, faces, indices, cfg, device, scale, batch=16):
+def restored_batches(net, faces, indices, cfg, device, scale, batch=16, precision="auto"):
     """Held-out faces in batches, by name: degraded, guide, restored, target, landmarks, guide_landmarks.
     Degraded, and given exemplars, by (seed, scale, place) alone."""
     indices = with_others(faces, indices)
@@ -724,19 +725,19 @@ def restored_batches(net, faces, indices, cfg, device, scale, batch=16):
             images[:, 0].contiguous(), points[:, 0], images[:, 1:], points[:, 1:])
         generator = common.seeded(cfg.seed, 4, scale or 0, start)
         degraded = common.degrade(target, common.DEGRADATIONS[cfg.degradation], generator, scale)
-        restored, chosen = restore(net, degraded, landmarks, exemplars, exemplar_landmarks, batch)
+        restored, chosen = restore(net, degraded, landmarks, exemplars, exemplar_landmarks, batch, precision)
         yield {"degraded": degraded, "guide": pick(exemplars, chosen), "restored": restored,
                "target": target, "landmarks": landmarks,
                "guide_landmarks": pick(exemplar_landmarks, chosen)}
 
 
-def evaluate(net, faces, indices, cfg, device):
+def evaluate(net, faces, indices, cfg, device, precision="auto"):
     """The paper's ×4, ×8 on held-out faces → "test" of result.json: PSNR dB, SSIM, identity in degrees."""
     judge = common.recogniser(faces, "metric")
     table = {}
     for scale in (4, 8):
         columns = {"input": [], "restored": []}
-        for batch in restored_batches(net, faces, indices, cfg, device, scale):
+        for batch in restored_batches(net, faces, indices, cfg, device, scale, precision=precision):
             target = batch["target"]
             for name, image in (("input", batch["degraded"]), ("restored", batch["restored"])):
                 columns[name].append(torch.stack([common.psnr(image, target), common.ssim(image, target),
@@ -747,6 +748,17 @@ def evaluate(net, faces, indices, cfg, device):
             for name, value in values.items()},
             "paired_psnr_gain": common.paired_gain(values["restored"][0], values["input"][0], cfg.seed)}
     return table
+
+
+def benchmark(net, cfg, args, device):
+    """Time restore() on --batch faces of noise, a guide each: what a picture shows does not change the
+    speed."""
+    count = args.batch or 1
+    degraded, guides = torch.rand(2, count, 3, cfg.size, cfg.size,
+                                  generator=common.seeded(args.seed or 0, 7)) * 2 - 1
+    points = common.mean_landmarks(cfg.size).expand(count, -1, -1)
+    return common.benchmark(lambda: restore(net, degraded, points, guides[:, None], points[:, None], count,
+                                            args.precision), count, device, args.precision)
 
 
 def load_network(args, device):
@@ -794,6 +806,8 @@ def main(argv=None):
     action.add_argument("--evaluate", action="store_true",
                         help="measure a trained network on held-out identities")
     action.add_argument("--restore", metavar="PATH", help="restore a picture, or every picture of a folder")
+    action.add_argument("--benchmark", action="store_true", help="time restoration: images/s, peak memory, "
+                                                                 "share of a matrix product's speed")
     parser.add_argument("--reference", metavar="PATH",
                         help="for --restore: a folder of sharp pictures of the same person, or one")
     parser.add_argument("--data", metavar="DIR",
@@ -808,6 +822,9 @@ def main(argv=None):
     parser.add_argument("--batch", type=positive, help="faces a step and process")
     parser.add_argument("--seed", type=natural, help="fixes data, initialisation and order (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="of restoration: auto is bfloat16 where the processor gains and the result "
+                             "stays the same to the eye")
     parser.add_argument("--workers", type=natural, default=0,
                         help="processes that read and degrade images (default 0)")
     parser.add_argument("--out", metavar="DIR", help=f"the run's folder (default runs/{SCRIPT}), or where "
@@ -833,13 +850,20 @@ def main(argv=None):
             if getattr(args, name):
                 raise InputError(f"--weights and --{name} do not go together: --weights is the authors' "
                                  "network, to restore with")
+    fresh = args.benchmark and args.checkpoint is None and args.weights is None
+    if args.train and args.precision != "auto":
+        raise InputError("--precision and --train do not go together: it is of restoration; training takes "
+                         "bfloat16 where the processor gains")
+    if args.benchmark and args.size and not fresh:
+        raise InputError("--size and --checkpoint do not go together in --benchmark: a trained network has "
+                         "its size")
     args.checkpoint = args.checkpoint or run / "checkpoint.pt"
     device = common.choose_device(args.device)
 
-    if args.train:
+    if args.train or fresh:
         chosen = {name: getattr(args, name) for name in ("size", "steps", "batch", "seed")
                   if getattr(args, name) is not None}
-        if args.resume:
+        if args.train and args.resume:
             _, cfg = load_network(args, torch.device("cpu"))
             if (args.variant or cfg.variant) != cfg.variant:
                 raise InputError(f"{args.checkpoint}: a checkpoint of --variant {cfg.variant}, "
@@ -856,12 +880,20 @@ def main(argv=None):
             cfg = replace(PRESETS[preset], variant=variant, **VARIANTS[variant], **chosen)
         if cfg.size % 16 or cfg.size < 64:
             raise InputError(f"--size {cfg.size}: must be a multiple of 16, at least 64")
+    if args.train:
         train(cfg, args)
         return 0
-    if args.weights is not None:
-        net, cfg = load_official(args.weights).to(device, memory_format=torch.channels_last), RELEASED
+    if fresh:
+        torch.manual_seed(cfg.seed)
+        net = build(cfg, None if cfg.train_guide else common.Recogniser())
+    elif args.weights is not None:
+        net, cfg = load_official(args.weights), RELEASED
     else:
         net, cfg = load_network(args, device)
+    net = common.for_inference(net, device, args.precision)
+    if args.benchmark:
+        benchmark(net, cfg, args, device)
+        return 0
     if args.evaluate:
         faces = load_faces(cfg, args)
         test = common.split_identities(faces)[2]
@@ -875,7 +907,8 @@ def main(argv=None):
 
     def restore_crops(crops, landmarks, file):
         restored, chosen = restore(net, crops, landmarks, exemplars.expand(len(crops), *exemplars.shape),
-                                   exemplar_landmarks.expand(len(crops), *exemplar_landmarks.shape))
+                                   exemplar_landmarks.expand(len(crops), *exemplar_landmarks.shape),
+                                   precision=args.precision)
         print(f"{file}: guided by {', '.join(sorted({str(names[k]) for k in chosen.tolist()}))}")
         return restored
 

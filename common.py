@@ -1675,9 +1675,9 @@ class VGG(nn.Module):
         for index, block in enumerate(self.blocks):
             x = F.max_pool2d(x, 2) if index else x
             for layer in block[:-1]:
-                x = F.relu(layer(x))
+                x = F.relu(layer(x), inplace=True)
             x = block[-1](x)
-            x = F.relu(x) if index < 4 or self.arguments["last_relu"] else x
+            x = F.relu(x, inplace=True) if index < 4 or self.arguments["last_relu"] else x
             maps.append(x)
         return maps[1:]
 

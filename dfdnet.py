@@ -38,7 +38,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.ops import roi_align
 
@@ -169,13 +168,21 @@ def match_features(part, normalised, cadain=True):
     The last sum is the same for all k, so it cannot change the winner, and what is left is one matrix
     product of the vector σ·F with the fixed matrix Z. As every Z_k,c sums to 0, F may be centred first, to
     keep the numbers small: the dropped constant is a thousand times larger than the differences between
-    entries. Without CAdaIN, S_k = ⟨F, Dic_k⟩.
+    entries. Without CAdaIN, S_k = ⟨F, Dic_k⟩. Scores are float32 even where the rest is not. Of entries kept
+    in half precision, the eight best by scores as coarse as they are get a float32 score.
     """
-    query = part.float()
-    if cadain:
-        mean, deviation = statistics(part)
-        query = deviation * (query - mean)
-    return (query.flatten(1) @ normalised.flatten(1).T).argmax(1)
+    entries = normalised.flatten(1)
+    with torch.autocast(part.device.type, enabled=False):
+        query = part.float()
+        if cadain:
+            mean, deviation = statistics(part)
+            query = deviation * (query - mean)
+        query = query.flatten(1)
+        if entries.dtype == torch.float32:
+            return (query @ entries.T).argmax(1)
+        best = (query.to(entries.dtype) @ entries.T).topk(min(8, len(entries)), 1).indices        # (B,8)
+        scores = (entries[best].float() @ query[:, :, None])[..., 0]
+        return best.gather(1, scores.argmax(1, keepdim=True))[:, 0]
 
 
 def convolution(before, after, dilation=1):
@@ -209,19 +216,31 @@ class DFTBlock(nn.Module):
         super().__init__()
         self.sizes, self.stride, self.cadain = sizes, stride, cfg.cadain
         for name, size in zip(PARTS, sizes):         # kept in dictionary.pt: gigabytes at full size
-            self.register_buffer(name, torch.zeros(cfg.entries, channels, size, size), persistent=False)
+            self.register_buffer(name, torch.zeros(cfg.entries, channels, size**2), persistent=False)
         self.confidence = nn.ModuleList(ConfidenceScore(channels) for _ in PARTS) if cfg.confidence else None
 
     def set_dictionary(self, dictionary):
         """Take over Dic of this scale, {part: (K,C,h,w)}; pre-normalised where CAdaIN is in use."""
         for name in PARTS:
-            entries = dictionary[name].to(getattr(self, name).device)
-            setattr(self, name, normalise_entries(entries) if self.cadain else entries.float())
+            self.set_entries(name, dictionary[name])
+
+    def set_entries(self, name, entries, dtype=torch.float32):
+        """Take over the entries (K,C,h,w) of a part, a few at a time: in float32 all of them are large."""
+        stored = torch.empty(entries.flatten(2).shape, dtype=dtype, device=getattr(self, name).device)
+        for target, part in zip(stored.split(16), entries.split(16)):
+            part = part.to(stored.device)
+            target.copy_((normalise_entries(part) if self.cadain else part).flatten(2))
+        setattr(self, name, stored)
+
+    def entries(self, index):
+        """Those of part number `index`, (K,C,h,w). They are kept as (K,C,h·w), in the order that matching
+        reads, which channels_last would change."""
+        return getattr(self, PARTS[index]).unflatten(2, (self.sizes[index],) * 2)
 
     def forward(self, features, boxes):
         changes = []                                 # a loop, as the four sizes differ
         for index, part in enumerate(crop_components(features, boxes, self.stride, self.sizes)):
-            entries = getattr(self, PARTS[index])
+            entries = self.entries(index)
             matched = entries[match_features(part, entries, self.cadain)]
             matched = restyle(matched, part) if self.cadain else matched
             changes.append(self.confidence[index](part, matched) - part if self.confidence
@@ -266,7 +285,7 @@ class ResidualBlock(nn.Module):
                                   nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, x):
-        return x + self.body(x)
+        return self.body(x).add_(x)                     # in place: a fresh map costs more than the sum
 
 
 class DFDNet(nn.Module):
@@ -605,10 +624,10 @@ def finish(net, faces, test, cfg, args, device, seconds):
     result = {"script": SCRIPT, "variant": cfg.variant, "preset": cfg.preset,
               "data": str(args.data or "rendered"), "size": cfg.size,
               "steps": cfg.steps, "seconds": round(seconds, 1),
-              "test": evaluate(net, faces, common.spread(test, 128), cfg, device)}
+              "test": evaluate(net, faces, common.spread(test, 128), cfg, device, args.precision)}
     common.write_json(out / "result.json", result)
     degraded, restored, target = next(
-        restored_batches(net, faces, common.spread(test, 6), cfg, device, None))
+        restored_batches(net, faces, common.spread(test, 6), cfg, device, None, precision=args.precision))
     common.write_image(out / "samples.png", common.comparison_grid(
         {"degraded": degraded, "restored": restored, "target": target}))
     common.print_table(result["test"])
@@ -623,7 +642,7 @@ def finish(net, faces, test, cfg, args, device, seconds):
 # -----------------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def restore(net, degraded, landmarks, batch=8):
+def restore(net, degraded, landmarks, batch=8, precision="auto"):
     """Restore faces: degraded (N,3,size,size) in [-1,1], landmarks (N,68,2) → (N,3,size,size) in [-1,1], on
     the CPU. Out of GPU memory, the batch is halved, with a line that says so."""
     device, results, start = next(net.parameters()).device, [], 0
@@ -633,7 +652,7 @@ def restore(net, degraded, landmarks, batch=8):
     while start < len(degraded):
         part = slice(start, start + batch)
         try:
-            with common.autocast(device):
+            with common.autocast(device, precision):
                 images = degraded[part].to(device, memory_format=torch.channels_last)
                 results.append(net(images, boxes[part].to(device)).float().clamp(-1, 1).cpu())
             start += batch
@@ -647,22 +666,23 @@ def restore(net, degraded, landmarks, batch=8):
     return torch.cat(results)
 
 
-def restored_batches(net, faces, indices, cfg, device, scale, batch=16):
+def restored_batches(net, faces, indices, cfg, device, scale, batch=16, precision="auto"):
     """Held-out faces in batches (degraded, restored, target), degraded by (seed, scale, place) alone."""
     for start in range(0, len(indices), batch):
         target, landmarks = common.stack_faces(faces, indices[start:start + batch])
         generator = common.seeded(cfg.seed, 4, scale or 0, start)
         degraded = common.degrade(target, common.DEGRADATIONS[cfg.degradation], generator, scale)
-        yield degraded, restore(net, degraded, landmarks, batch), target
+        yield degraded, restore(net, degraded, landmarks, batch, precision), target
 
 
-def evaluate(net, faces, indices, cfg, device):
+def evaluate(net, faces, indices, cfg, device, precision="auto"):
     """The paper's ×4, ×8 on held-out faces → "test" of result.json: PSNR dB, SSIM, identity in degrees."""
     judge = common.recogniser(faces, "metric")
     table = {}
     for scale in (4, 8):
         columns = {"input": [], "restored": []}
-        for degraded, restored, target in restored_batches(net, faces, indices, cfg, device, scale):
+        for degraded, restored, target in restored_batches(net, faces, indices, cfg, device, scale,
+                                                           precision=precision):
             for name, image in (("input", degraded), ("restored", restored)):
                 columns[name].append(torch.stack([common.psnr(image, target), common.ssim(image, target),
                                                   common.identity_distance(judge, image, target)]))
@@ -672,6 +692,52 @@ def evaluate(net, faces, indices, cfg, device):
             for name, value in values.items()},
             "paired_psnr_gain": common.paired_gain(values["restored"][0], values["input"][0], cfg.seed)}
     return table
+
+
+def entry_type(device, precision):
+    """How the dictionaries are kept to restore with: in float32 the authors' have 3 GB. The rounding of half
+    precision is small beside that of the features, which are computed in it."""
+    with common.autocast(device, precision):
+        return torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
+
+
+def for_restoration(net, device, precision="auto"):
+    """The network and its encoder made ready to restore with, once; they cannot be trained any more. What
+    they paint stays the same up to rounding: activations overwrite their input, weights and entries are
+    cast. (Entries that are not centred, those of --variant no-cadain, rank by differences too small.)"""
+    for module in net.modules():
+        if isinstance(module, nn.LeakyReLU):
+            module.inplace = True            # its input is a convolution's output, which nobody else reads
+    common.for_inference(net.encoder, device, precision)
+    net = common.for_inference(net, device, precision)
+    for block in net.blocks.values():
+        for name in PARTS if block.cadain else ():
+            setattr(block, name, getattr(block, name).to(entry_type(device, precision)))
+    return net
+
+
+def fresh_network(cfg, device, precision):
+    """An untrained network for --benchmark, with entries of noise."""
+    torch.manual_seed(cfg.seed)
+    encoder = (common.VGG(last_relu=not cfg.released) if cfg.encoder == "vgg"
+               else common.Recogniser().folded())
+    net = DFDNet(replace(cfg, entries=1), encoder)
+    for block in net.blocks.values():
+        for name in PARTS:
+            noise = torch.randn(8, *block.entries(PARTS.index(name)).shape[1:])
+            block.set_entries(name, noise.repeat(-(-cfg.entries // 8), 1, 1, 1)[:cfg.entries],
+                              entry_type(device, precision))
+    return net
+
+
+def benchmark(net, cfg, args, device):
+    """Time restore() on --batch pictures of noise with the landmarks of an average face: what a picture
+    shows does not change the speed."""
+    count = args.batch or 1
+    degraded = torch.rand(count, 3, cfg.size, cfg.size, generator=common.seeded(args.seed or 0, 7)) * 2 - 1
+    landmarks = common.mean_landmarks(cfg.size).expand(count, -1, -1)
+    return common.benchmark(lambda: restore(net, degraded, landmarks, count, args.precision), count, device,
+                            args.precision)
 
 
 def load_network(args, device):
@@ -684,11 +750,7 @@ def load_network(args, device):
     net = DFDNet(cfg, encoder).to(device, memory_format=torch.channels_last)
     net.load_state_dict(state["net"])
     net.set_dictionary(dictionary)
-    net.eval()
-    for module in net.modules():
-        if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight")
-    return net, cfg
+    return common.fold(net.eval()), cfg
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -717,6 +779,8 @@ def main(argv=None):
     action.add_argument("--evaluate", action="store_true",
                         help="measure a trained network on held-out identities")
     action.add_argument("--restore", metavar="PATH", help="restore a picture, or every picture of a folder")
+    action.add_argument("--benchmark", action="store_true", help="time restoration: images/s, peak memory, "
+                                                                 "share of a matrix product's speed")
     parser.add_argument("--data", metavar="DIR",
                         help="a folder of pictures or of one folder per identity (default: rendered faces)")
     parser.add_argument("--preset", choices=PRESETS,
@@ -729,6 +793,9 @@ def main(argv=None):
     parser.add_argument("--batch", type=positive, help="images a step and process")
     parser.add_argument("--seed", type=natural, help="fixes data, initialisation and order (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="of restoration: auto is bfloat16 where the processor gains and the result "
+                             "stays the same to the eye")
     parser.add_argument("--workers", type=natural, default=0,
                         help="processes that read and degrade images (default 0)")
     parser.add_argument("--out", metavar="DIR", help=f"the run's folder (default runs/{SCRIPT}), or where "
@@ -765,13 +832,20 @@ def main(argv=None):
     elif args.official_dictionary is not None or args.vgg is not None:
         raise InputError("--official-dictionary and --vgg belong to --weights, the authors' network; a "
                          "trained one has its dictionary.pt")
+    fresh = args.benchmark and args.weights is None and args.checkpoint is None
+    if args.train and args.precision != "auto":
+        raise InputError("--precision and --train do not go together: it is of restoration; training takes "
+                         "bfloat16 where the processor gains")
+    if args.benchmark and args.size and not fresh:
+        raise InputError("--size and --checkpoint do not go together in --benchmark: a trained network has "
+                         "its size")
     args.checkpoint = args.checkpoint or run / "checkpoint.pt"
     device = common.choose_device(args.device)
 
-    if args.train:
+    if args.train or fresh:
         chosen = {name: getattr(args, name) for name in ("size", "steps", "batch", "seed")
                   if getattr(args, name) is not None}
-        if args.resume:
+        if args.train and args.resume:
             _, cfg = load_network(args, torch.device("cpu"))
             if (args.variant or cfg.variant) != cfg.variant:
                 raise InputError(f"{args.checkpoint}: a checkpoint of --variant {cfg.variant}, "
@@ -785,21 +859,28 @@ def main(argv=None):
             cfg = replace(PRESETS[preset], variant=variant, **VARIANTS[variant], **chosen)
         if cfg.size % 16 or cfg.size < 64:
             raise InputError(f"--size {cfg.size}: must be a multiple of 16, at least 64")
+    if args.train:
         train(cfg, args)
         return 0
     if args.weights is not None:
-        net, cfg = load_official(args.weights, args.official_dictionary, args.vgg), RELEASED
-        for part in (net, net.encoder):
-            part.to(device, memory_format=torch.channels_last)
+        net, cfg = load_official(args.weights, args.official_dictionary, args.vgg,
+                                 entry_type(device, args.precision)), RELEASED
+    elif fresh:
+        net = fresh_network(cfg, device, args.precision)
     else:
         net, cfg = load_network(args, device)
+    net = for_restoration(net, device, args.precision)
+    if args.benchmark:
+        benchmark(net, cfg, args, device)
+        return 0
     if args.evaluate:
         faces = load_faces(cfg, args)
         test = common.split_identities(faces)[2]
         finish(net, faces, test, cfg, args, device, 0.0)
         return 0
     failures = common.restore_files(
-        args.restore, args.out, cfg.size, lambda crops, landmarks, file: restore(net, crops, landmarks),
+        args.restore, args.out, cfg.size,
+        lambda crops, landmarks, file: restore(net, crops, landmarks, precision=args.precision),
         aligned=args.aligned, landmarks=args.landmarks, overwrite=args.overwrite, check=args.check,
         device=device)
     return 1 if failures else 0
@@ -814,19 +895,22 @@ def main(argv=None):
 # rectified decoder input, a sigmoid on β.
 
 class ReleasedDFTBlock(DFTBlock):
-    """DFTBlock with whole-feature boxes, one sample and component at a time: every box has its own size."""
+    """DFTBlock with whole-feature boxes: each has its own size, so only matching takes a whole batch."""
 
     def forward(self, features, boxes):
         enriched, corners = features.clone(), (boxes.long() // self.stride).tolist()
-        for sample, index in ((s, i) for s in range(len(corners)) for i in range(len(PARTS))):
-            x1, y1, x2, y2 = corners[sample][index]
-            part = features[sample:sample + 1, :, y1:y2, x1:x2].float()
-            query = F.interpolate(part, (self.sizes[index],) * 2, mode="bilinear")
-            entries = getattr(self, PARTS[index])
-            matched = entries[match_features(query, entries, self.cadain)]
-            matched = F.interpolate(restyle(matched, query) if self.cadain else matched, part.shape[2:])
-            changed = self.confidence[index](part, matched) if self.confidence else matched
-            enriched[sample:sample + 1, :, y1:y2, x1:x2] = changed.to(enriched.dtype)
+        for index, size in enumerate(self.sizes):
+            places = [(slice(sample, sample + 1), slice(None), slice(y1, y2), slice(x1, x2))
+                      for sample, (x1, y1, x2, y2) in enumerate(corner[index] for corner in corners)]
+            parts, entries = [features[place].float() for place in places], self.entries(index)
+            queries = torch.cat([F.interpolate(part.contiguous(), (size, size), mode="bilinear")
+                                 for part in parts])
+            matched = entries[match_features(queries, entries, self.cadain)]
+            matched = restyle(matched, queries) if self.cadain else matched
+            for place, part, entry in zip(places, parts, matched.split(1)):
+                entry = F.interpolate(entry, part.shape[2:])
+                changed = self.confidence[index](part, entry) if self.confidence else entry
+                enriched[place] = changed.to(enriched.dtype)
         return enriched
 
 
@@ -840,9 +924,9 @@ class ReleasedSFTStage(SFTStage):
 
     def forward(self, x, skip):
         x = F.conv2d(x, self.blur.to(x.dtype), padding=1, groups=x.shape[1])
-        x = F.leaky_relu(F.leaky_relu(self.reduce(x), 0.2), 0.2)
-        x = self.scale(skip) * x + torch.sigmoid(self.shift(skip))
-        return F.leaky_relu(self.widen(F.interpolate(x, scale_factor=2, mode="bilinear")), 0.2)
+        x = F.leaky_relu(self.reduce(x), 0.2 * 0.2, inplace=True)
+        x = torch.addcmul(self.shift(skip).sigmoid_(), self.scale(skip), x)
+        return F.leaky_relu(self.widen(F.interpolate(x, scale_factor=2, mode="bilinear")), 0.2, inplace=True)
 
 
 def released_name(name):
@@ -901,12 +985,13 @@ def official_entries(source, part, scale, channels, side):
     return array.view(-1, channels, side, side)
 
 
-def load_official(source, dictionary, vgg=None):
+def load_official(source, dictionary, vgg=None, entries=torch.float32):
     """latest_net_G.pth as its authors released it, a file, its address or its state dict, with their
     dictionary (a folder of *_center.npy, or {file name: array}) → the network, frozen: degraded
     (B,3,512,512) in [-1,1], boxes (B,4,4) → restored (B,3,512,512). InputError for what does not fit.
 
     The file holds the authors' VGG-19. What of it is missing is taken from `vgg`, a file of torchvision's.
+    `entries` is the type that the dictionary is kept in, see entry_type.
     """
     names = [official_file(part, scale) for scale in RELEASED.dft_scales for part in PARTS]
     there = dictionary if isinstance(dictionary, dict) else {x.name for x in Path(dictionary).glob("*.npy")}
@@ -926,11 +1011,11 @@ def load_official(source, dictionary, vgg=None):
     common.load_named(nn.ModuleDict({"net": net, "encoder": encoder}), state,
                       lambda name: ".".join(released_name(name) or ()) or None, "DFDNet's weights",
                       "the state dict" if isinstance(source, dict) else source)
-    for scale in RELEASED.dft_scales:              # one at a time: with 512 entries all have 3 GB
-        sides = RELEASED.part_sizes[scale - 1]
-        net.blocks[f"scale{scale}"].set_dictionary({
-            part: official_entries(dictionary, part, scale, encoder.widths[scale - 1], side)
-            for part, side in zip(PARTS, sides)})
+    del state                      # before the dictionary comes, which is larger: one file at a time
+    for scale, part in ((scale, part) for scale in RELEASED.dft_scales for part in PARTS):
+        side = RELEASED.part_sizes[scale - 1][PARTS.index(part)]
+        net.blocks[f"scale{scale}"].set_entries(
+            part, official_entries(dictionary, part, scale, encoder.widths[scale - 1], side), entries)
     net.cfg = replace(RELEASED, entries=len(net.blocks["scale1"].nose))
     return net
 

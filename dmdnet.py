@@ -817,9 +817,10 @@ def finish(net, faces, test, cfg, args, device, seconds):
     result = {"script": SCRIPT, "variant": cfg.variant, "preset": cfg.preset,
               "data": str(args.data or "rendered"), "size": cfg.size,
               "steps": cfg.steps, "seconds": round(seconds, 1),
-              "test": evaluate(net, faces, common.spread(test, 128), cfg, device)}
+              "test": evaluate(net, faces, common.spread(test, 128), cfg, device, args.precision)}
     common.write_json(out / "result.json", result)
-    batch = next(restored_batches(net, faces, common.spread(test, 6), cfg, device, 4))
+    batch = next(restored_batches(net, faces, common.spread(test, 6), cfg, device, 4,
+                                  precision=args.precision))
     columns = {"degraded": batch["degraded"]}
     if len(batch["references"]):
         columns["a reference"] = torch.stack([
@@ -879,7 +880,7 @@ def draw_readings(path, net, batch):
 # -----------------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def specific_dictionary(net, references, landmarks, batch=8):
+def specific_dictionary(net, references, landmarks, batch=8, precision="auto"):
     """Eq. (6): sharp faces of a person (N,3,size,size), landmarks (N,68,2) → their dictionary, on the
     network's device. Adding a reference adds an item, and needs no training."""
     if net.extract_specific is None:
@@ -889,7 +890,7 @@ def specific_dictionary(net, references, landmarks, batch=8):
     boxes = component_boxes(landmarks, net.cfg)
     for start in range(0, len(references), batch):
         part = slice(start, start + batch)
-        with common.autocast(device):
+        with common.autocast(device, precision):
             chunks.append(net.extract_specific(
                 references[part].to(device, memory_format=torch.channels_last), boxes[part].to(device)))
     return {name: tuple(torch.cat(items) for items in zip(*(chunk[name] for chunk in chunks)))
@@ -897,7 +898,7 @@ def specific_dictionary(net, references, landmarks, batch=8):
 
 
 @torch.inference_mode()
-def restore(net, degraded, landmarks, specific=None, owner=None, batch=8):
+def restore(net, degraded, landmarks, specific=None, owner=None, batch=8, precision="auto"):
     """Restore faces: degraded (N,3,size,size) in [-1,1], landmarks (N,68,2), the specific dictionary of
     their person, or one of all their persons' references with the face `owner` (M,) of each → restored
     (N,3,size,size) in [-1,1], on the CPU. Out of GPU memory, the batch is halved; a line says so."""
@@ -912,7 +913,7 @@ def restore(net, degraded, landmarks, specific=None, owner=None, batch=8):
             owned = (owner[mine] - start).to(device)
             items = {name: (keys[mine], values[mine]) for name, (keys, values) in specific.items()}
         try:
-            with common.autocast(device):
+            with common.autocast(device, precision):
                 images = degraded[part].to(device, memory_format=torch.channels_last)
                 restored = net(images, boxes[part].to(device), specific=items, owner=owned)
                 results.append(restored.float().clamp(-1, 1).cpu())
@@ -927,7 +928,7 @@ def restore(net, degraded, landmarks, specific=None, owner=None, batch=8):
     return torch.cat(results)
 
 
-def restored_batches(net, faces, indices, cfg, device, scale, counts=(), batch=16):
+def restored_batches(net, faces, indices, cfg, device, scale, counts=(), batch=16, precision="auto"):
     """Held-out faces in batches, by name: degraded, target, references (M,3,H,W) with their owner (M,),
     restored with all of these, and by each number in `counts` restored with so many of each face's. All by
     (seed, scale, place) alone."""
@@ -940,24 +941,26 @@ def restored_batches(net, faces, indices, cfg, device, scale, counts=(), batch=1
         number = torch.tensor([k for x in sets for k in range(len(x[0]) - 1)], dtype=torch.long)
         generator = common.seeded(cfg.seed, 4, scale or 0, start)
         degraded = common.degrade(target, common.DEGRADATIONS[cfg.degradation], generator, scale)
-        specific = specific_dictionary(net, references, points, batch) if len(references) else None
+        specific = (specific_dictionary(net, references, points, batch, precision) if len(references)
+                    else None)
         results = {"degraded": degraded, "target": target, "references": references, "owner": owner}
         for count in (*counts, "restored"):
             taken = number < (len(number) if count == "restored" else count)
             items = {name: (keys[taken], values[taken]) for name, (keys, values) in (specific or {}).items()}
             results[count] = restore(net, degraded, landmarks, items if taken.any() else None,
-                                     owner[taken] if taken.any() else None, batch)
+                                     owner[taken] if taken.any() else None, batch, precision)
         yield results
 
 
-def evaluate(net, faces, indices, cfg, device):
+def evaluate(net, faces, indices, cfg, device, precision="auto"):
     """The paper's ×4, ×8 on held-out faces → "test" of result.json: PSNR dB, SSIM, identity in degrees, of
     the input, of the face restored with all references, and with none or one of them."""
     judge = common.recogniser(faces, "metric")
     table, counts = {}, [count for count in (0, 1) if count < cfg.references]
     for scale in (4, 8):
         columns = {name: [] for name in ("degraded", "restored", *counts)}
-        for batch in restored_batches(net, faces, indices, cfg, device, scale, counts):
+        for batch in restored_batches(net, faces, indices, cfg, device, scale, counts,
+                                      precision=precision):
             for name, column in columns.items():
                 column.append(torch.stack([metric(batch[name], batch["target"]) for metric in (
                     common.psnr, common.ssim, lambda *pair: common.identity_distance(judge, *pair))]))
@@ -971,6 +974,28 @@ def evaluate(net, faces, indices, cfg, device):
             table[f"x{scale}"]["references"] = {
                 **{str(count): means[count] for count in counts}, str(cfg.references): means["restored"]}
     return table
+
+
+def benchmark(net, cfg, args, device):
+    """Time restore() on --batch faces of noise (what a picture shows does not change the speed) with the
+    generic dictionary, then also with a person's stored one of eight references, and making that one."""
+    count = args.batch or 1
+    images = torch.rand(count + 8, 3, cfg.size, cfg.size, generator=common.seeded(args.seed or 0, 7)) * 2 - 1
+    points = common.mean_landmarks(cfg.size).expand(count + 8, -1, -1)
+    (degraded, references), (landmarks, theirs) = images.split((count, 8)), points.split((count, 8))
+
+    def time(title, call, images):
+        print(f"{title}: ", end="")
+        common.benchmark(call, images, device, args.precision)
+
+    time("generic dictionary", lambda: restore(net, degraded, landmarks, None, None, count, args.precision),
+         count)
+    if net.extract_specific is not None:
+        specific = specific_dictionary(net, references, theirs, 8, args.precision)
+        time("and a stored one of 8 references", lambda: restore(
+            net, degraded, landmarks, specific, None, count, args.precision), count)
+        time("making that of 8 references", lambda: specific_dictionary(
+            net, references, theirs, 8, args.precision), 8)
 
 
 def load_network(args, device):
@@ -1040,6 +1065,8 @@ def main(argv=None):
     action.add_argument("--evaluate", action="store_true",
                         help="measure a trained network on held-out identities")
     action.add_argument("--restore", metavar="PATH", help="restore a picture, or every picture of a folder")
+    action.add_argument("--benchmark", action="store_true", help="time restoration: images/s, peak memory, "
+                                                                 "share of a matrix product's speed")
     action.add_argument("--save-dictionary", metavar="FILE",
                         help="store the specific dictionary of the person of --reference")
     parser.add_argument("--reference", metavar="PATH",
@@ -1058,6 +1085,9 @@ def main(argv=None):
     parser.add_argument("--batch", type=positive, help="faces a step and process")
     parser.add_argument("--seed", type=natural, help="fixes data, initialisation and order (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="of restoration: auto is bfloat16 where the processor gains and the result "
+                             "stays the same to the eye")
     parser.add_argument("--workers", type=natural, default=0,
                         help="processes that read and degrade images (default 0)")
     parser.add_argument("--out", metavar="DIR", help=f"the run's folder (default runs/{SCRIPT}), or where "
@@ -1085,13 +1115,20 @@ def main(argv=None):
             if getattr(args, name):
                 raise InputError(f"--weights and --{name} do not go together: --weights is the authors' "
                                  "network, to restore with")
+    fresh = args.benchmark and args.checkpoint is None and args.weights is None
+    if args.train and args.precision != "auto":
+        raise InputError("--precision and --train do not go together: it is of restoration; training takes "
+                         "bfloat16 where the processor gains")
+    if args.benchmark and args.size and not fresh:
+        raise InputError("--size and --checkpoint do not go together in --benchmark: a trained network has "
+                         "its size")
     args.checkpoint = args.checkpoint or run / "checkpoint.pt"
     device = common.choose_device(args.device)
 
-    if args.train:
+    if args.train or fresh:
         chosen = {name: getattr(args, name) for name in ("size", "steps", "batch", "seed")
                   if getattr(args, name) is not None}
-        if args.resume:
+        if args.train and args.resume:
             _, cfg = load_network(args, torch.device("cpu"))
             if (args.variant or cfg.variant) != cfg.variant:
                 raise InputError(f"{args.checkpoint}: a checkpoint of --variant {cfg.variant}, "
@@ -1108,12 +1145,21 @@ def main(argv=None):
             cfg = replace(PRESETS[preset], variant=variant, **VARIANTS[variant], **chosen)
         if cfg.size % 16 or cfg.size < 64:
             raise InputError(f"--size {cfg.size}: must be a multiple of 16, at least 64")
+    if args.train:
         train(cfg, args)
         return 0
-    if args.weights is not None:
-        net, cfg = load_official(args.weights).to(device, memory_format=torch.channels_last), RELEASED
+    if fresh:
+        torch.manual_seed(cfg.seed)
+        net = DMDNet(cfg)
+    elif args.weights is not None:
+        net, cfg = load_official(args.weights), RELEASED
     else:
         net, cfg = load_network(args, device)
+    # A stored dictionary is of the extractor's own weights, whatever the precision: those stay as they are.
+    net = common.for_inference(net, device, args.precision, exact=("extract_specific",))
+    if args.benchmark:
+        benchmark(net, cfg, args, device)
+        return 0
     if args.evaluate:
         faces = load_faces(cfg, args)
         test = common.split_identities(faces)[2]
@@ -1127,7 +1173,7 @@ def main(argv=None):
         specific = load_dictionary(args.dictionary, net, device)
     if args.reference is not None:
         references, points, names = common.read_references(args.reference, cfg.size, **options)
-        specific = specific_dictionary(net, references, points)
+        specific = specific_dictionary(net, references, points, precision=args.precision)
         print(f"guided by {len(names)} pictures: {', '.join(map(str, names))}")
     if args.save_dictionary is not None:
         if args.reference is None:
@@ -1136,7 +1182,8 @@ def main(argv=None):
         return 0
     failures = common.restore_files(
         args.restore, args.out, cfg.size,
-        lambda crops, landmarks, file: restore(net, crops, landmarks, specific),
+        lambda crops, landmarks, file: restore(net, crops, landmarks, specific,
+                                               precision=args.precision),
         overwrite=args.overwrite, check=args.check, **options)
     return 1 if failures else 0
 

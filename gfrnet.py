@@ -528,9 +528,10 @@ def finish(net, faces, test, cfg, args, device, seconds):
     result = {"script": SCRIPT, "variant": cfg.variant, "preset": cfg.preset,
               "data": str(args.data or "rendered"), "size": cfg.size,
               "steps": cfg.steps, "seconds": round(seconds, 1),
-              "test": evaluate(net, faces, common.spread(test, 128), cfg, device)}
+              "test": evaluate(net, faces, common.spread(test, 128), cfg, device, args.precision)}
     common.write_json(out / "result.json", result)
-    batch = next(restored_batches(net, faces, common.spread(test, 6), cfg, device, 4))
+    batch = next(restored_batches(net, faces, common.spread(test, 6), cfg, device, 4,
+                                  precision=args.precision))
     shown = [name for name in ("degraded", "guide", "warped", "restored", "target")
              if (name != "warped" or cfg.warped) and (name != "guide" or cfg.guided)]
     common.write_image(out / "samples.png", common.comparison_grid({name: batch[name] for name in shown}))
@@ -580,7 +581,7 @@ def draw_flow(path, batch, faces=4):
 # -----------------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def restore(net, degraded, guides, batch=8):
+def restore(net, degraded, guides, batch=8, precision="auto"):
     """Restore faces: degraded, guides (N,3,size,size) in [-1,1] → restored, the same, warped,
     flow (N,2,size,size), the last two None where the network has none; all on the CPU. Out of GPU memory,
     the batch is halved, with a line that says so."""
@@ -590,7 +591,7 @@ def restore(net, degraded, guides, batch=8):
     while start < len(degraded):
         part = slice(start, start + batch)
         try:
-            with common.autocast(device):
+            with common.autocast(device, precision):
                 images, guide = (x[part].to(device, memory_format=torch.channels_last)
                                  for x in (degraded, guides))
                 restored, warped, flow = net(images, guide)
@@ -607,7 +608,7 @@ def restore(net, degraded, guides, batch=8):
     return [None if parts[0] is None else torch.cat(parts) for parts in zip(*results)]
 
 
-def restored_batches(net, faces, indices, cfg, device, scale, batch=16):
+def restored_batches(net, faces, indices, cfg, device, scale, batch=16, precision="auto"):
     """Held-out faces in batches, by name: degraded, guide, warped, flow, restored, target, landmarks,
     guide_landmarks. Degraded by (seed, scale, place) alone. Without WarpNet the flow is the identity."""
     guides = choose_guides(faces, indices, cfg.stranger)
@@ -621,7 +622,7 @@ def restored_batches(net, faces, indices, cfg, device, scale, batch=16):
         (target, guide), (landmarks, guide_landmarks) = (torch.stack(x).unbind(1) for x in zip(*pairs))
         generator = common.seeded(cfg.seed, 4, scale or 0, start)
         degraded = common.degrade(target, common.DEGRADATIONS[cfg.degradation], generator, scale)
-        restored, warped, flow = restore(net, degraded, guide, batch)
+        restored, warped, flow = restore(net, degraded, guide, batch, precision)
         yield {"degraded": degraded, "guide": guide, "warped": warped, "restored": restored,
                "target": target,
                "flow": identity_flow(cfg.size).expand(len(part), -1, -1, -1) if flow is None else flow,
@@ -634,14 +635,14 @@ def landmark_error(flow, landmarks, guide_landmarks):
     return gap.norm(dim=2).mean(1) * flow.shape[-1] / 2
 
 
-def evaluate(net, faces, indices, cfg, device):
+def evaluate(net, faces, indices, cfg, device, precision="auto"):
     """The paper's ×4, ×8 on held-out faces → "test" of result.json: PSNR dB, SSIM, identity in degrees; with
     a WarpNet also the landmark error in pixels, of the warped guide and of the guide as it is."""
     judge = common.recogniser(faces, "metric")
     table = {}
     for scale in (4, 8):
         columns, gaps = {"input": [], "restored": []}, []
-        for batch in restored_batches(net, faces, indices, cfg, device, scale):
+        for batch in restored_batches(net, faces, indices, cfg, device, scale, precision=precision):
             target = batch["target"]
             for name, image in (("input", batch["degraded"]), ("restored", batch["restored"])):
                 columns[name].append(torch.stack([common.psnr(image, target), common.ssim(image, target),
@@ -658,6 +659,15 @@ def evaluate(net, faces, indices, cfg, device):
             table[f"x{scale}"]["landmark_error"] = dict(zip(("warped", "guide"),
                                                             torch.cat(gaps, 1).mean(1).tolist()))
     return table
+
+
+def benchmark(net, cfg, args, device):
+    """Time restore() on --batch pairs of noise: what a picture shows does not change the speed."""
+    count = args.batch or 1
+    degraded, guides = torch.rand(2, count, 3, cfg.size, cfg.size,
+                                  generator=common.seeded(args.seed or 0, 7)) * 2 - 1
+    return common.benchmark(lambda: restore(net, degraded, guides, count, args.precision), count, device,
+                            args.precision)
 
 
 def load_network(args, device):
@@ -697,6 +707,8 @@ def main(argv=None):
     action.add_argument("--evaluate", action="store_true",
                         help="measure a trained network on held-out identities")
     action.add_argument("--restore", metavar="PATH", help="restore a picture, or every picture of a folder")
+    action.add_argument("--benchmark", action="store_true", help="time restoration: images/s, peak memory, "
+                                                                 "share of a matrix product's speed")
     parser.add_argument("--reference", metavar="PATH",
                         help="for --restore: a sharp picture of the same person, frontal, eyes open; of a "
                              "folder the most frontal one is taken")
@@ -713,6 +725,9 @@ def main(argv=None):
     parser.add_argument("--batch", type=positive, help="pairs a step and process")
     parser.add_argument("--seed", type=natural, help="fixes data, initialisation and order (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="of restoration: auto is bfloat16 where the processor gains and the result "
+                             "stays the same to the eye")
     parser.add_argument("--workers", type=natural, default=0,
                         help="processes that read and degrade images (default 0)")
     parser.add_argument("--out", metavar="DIR", help=f"the run's folder (default runs/{SCRIPT}), or where "
@@ -736,13 +751,20 @@ def main(argv=None):
     if args.weights is not None:
         raise InputError(f"--weights {args.weights}: GFRNet's authors released none that PyTorch reads; "
                          "train it (--train), and name the result with --checkpoint")
+    fresh = args.benchmark and args.checkpoint is None
+    if args.train and args.precision != "auto":
+        raise InputError("--precision and --train do not go together: it is of restoration; training takes "
+                         "bfloat16 where the processor gains")
+    if args.benchmark and args.size and not fresh:
+        raise InputError("--size and --checkpoint do not go together in --benchmark: a trained network has "
+                         "its size")
     args.checkpoint = args.checkpoint or run / "checkpoint.pt"
     device = common.choose_device(args.device)
 
-    if args.train:
+    if args.train or fresh:
         chosen = {name: getattr(args, name) for name in ("size", "steps", "batch", "seed")
                   if getattr(args, name) is not None}
-        if args.resume:
+        if args.train and args.resume:
             _, cfg = load_network(args, torch.device("cpu"))
             if (args.variant or cfg.variant) != cfg.variant:
                 raise InputError(f"{args.checkpoint}: a checkpoint of --variant {cfg.variant}, "
@@ -760,9 +782,18 @@ def main(argv=None):
                 cfg = replace(cfg, steps=cfg.steps - cfg.warp_steps, warp_steps=0)
         if cfg.size < 64 or cfg.size & (cfg.size - 1):
             raise InputError(f"--size {cfg.size}: must be a power of two, at least 64")
+    if args.train:
         train(cfg, args)
         return 0
-    net, cfg = load_network(args, device)
+    if fresh:
+        torch.manual_seed(cfg.seed)
+        net = GFRNet(cfg)
+    else:
+        net, cfg = load_network(args, device)
+    net = common.for_inference(net, device, args.precision)
+    if args.benchmark:
+        benchmark(net, cfg, args, device)
+        return 0
     if args.evaluate:
         faces = load_faces(cfg, args)
         test = common.split_identities(faces)[2]
@@ -779,7 +810,8 @@ def main(argv=None):
         print(f"guide: {files[best]}")
     failures = common.restore_files(
         args.restore, args.out, cfg.size,
-        lambda crops, landmarks, file: restore(net, crops, guide.expand_as(crops))[0],
+        lambda crops, landmarks, file: restore(net, crops, guide.expand_as(crops),
+                                                 precision=args.precision)[0],
         overwrite=args.overwrite, check=args.check, **options)
     return 1 if failures else 0
 

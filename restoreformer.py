@@ -893,7 +893,7 @@ def for_restoration(net, device, precision="auto"):
     released = isinstance(net, ReleasedRestoreFormer)
     for module in list(net.modules()):
         if isinstance(module, nn.SiLU):
-            module.inplace = True        # its input is always a normalisation's output, which nobody else reads
+            module.inplace = True          # its input is a normalisation's output, which nobody else reads
         elif isinstance(module, ReleasedLevel) and module.up is not None:
             module.up = merge_doubling(module.up)
     net = common.for_inference(net, device, precision,
@@ -1067,8 +1067,9 @@ def main(argv=None):
         finish(net, faces, test, cfg, args, device, 0.0)
         return 0
     failures = common.restore_files(
-        args.restore, args.out, cfg.size, lambda crops, landmarks, file: restore(
-            net, crops, landmarks, precision=args.precision), aligned=args.aligned, landmarks=args.landmarks, overwrite=args.overwrite, check=args.check,
+        args.restore, args.out, cfg.size,
+        lambda crops, landmarks, file: restore(net, crops, landmarks, precision=args.precision),
+        aligned=args.aligned, landmarks=args.landmarks, overwrite=args.overwrite, check=args.check,
         device=device)
     return 1 if failures else 0
 
@@ -1137,7 +1138,7 @@ class ReleasedLevel(nn.Module):
 
 
 def merge_doubling(layer):
-    """A nearest doubling and the 3×3 convolution behind it, in one: a transposed 4×4 convolution of stride 2.
+    """A nearest doubling and the 3×3 convolution behind it as one transposed 4×4 convolution of stride 2.
 
     The doubling repeats each value 2×2 times, which is a transposed convolution of stride 2 with ones; a
     convolution behind it convolves its kernel with those ones. Zeros around the doubled map are zeros around
@@ -1221,8 +1222,8 @@ class ReleasedRestoreFormer(nn.Module):
         self.before, self.after = (nn.Conv2d(channels, channels, 1) for _ in range(2))
 
     def latents(self, image):
-        # Half precision would give some features another code, and the picture other details: float32, unless
-        # the weights have been cast on demand.
+        # Half precision would give some features another code, and the picture other details: float32,
+        # unless the weights have been cast on demand.
         exact = not self.training and self.before.weight.dtype == torch.float32
         with torch.autocast(image.device.type, enabled=False) if exact else nullcontext():
             first, second, x = self.encoder(image)

@@ -1266,6 +1266,7 @@ def arguments(folder, out, **changes):
             "data": str(folder),
             "out": str(out),
             "device": "cpu",
+            "precision": "auto",
             "landmarks": None,
             "vggface": None,
             "aligned": False,

@@ -461,7 +461,7 @@ data, out = sys.argv[1], Path(sys.argv[2])
 cfg = replace(script.TINY, size=64, steps=12, batch=2, validate_every=4, {short})
 script.train(cfg, SimpleNamespace(data=data, out=out, checkpoint=out / "checkpoint.pt", resume=False,
                                   device="cpu", workers=0, landmarks=None, aligned=False, vggface=None,
-                                  stage=None, lpips=None, fid=None))
+                                  stage=None, lpips=None, fid=None, precision="auto"))
 """
 
 
@@ -756,6 +756,32 @@ def cuda_without_one(work):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     return ["--train", "--device", "cuda"], "--device cuda"
+
+
+# --benchmark and --precision
+
+@pytest.mark.parametrize("script", ["dfdnet", "gfrnet", "restoreformer"])
+def test_benchmark_times_a_network_of_fresh_or_of_trained_weights(script, train, run, tmp_path):
+    chosen = ["--size", 64, "--precision", "float32", "--device", "cpu", "--batch", 2]
+    trained = ["--checkpoint", train(script).run / "checkpoint.pt", "--device", "cpu"]
+    for arguments, images in ((chosen, 2), (trained, 1)):
+        done = run(script, "--benchmark", *arguments, cwd=tmp_path)
+        assert done.status == 0, done.stderr
+        assert re.search(rf"images/s \(.* s for {images}\), peak memory .* GB, .* TFLOP/s", done.stdout)
+        assert len(done.stdout.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["dfdnet", "gfrnet", "restoreformer"])
+@pytest.mark.parametrize("arguments, expected", [
+    (["--train", "--precision", "bfloat16"], "--precision and --train"),
+    (["--evaluate", "--precision", "half"], "--precision.*half"),
+    (["--benchmark", "--evaluate"], "--evaluate"),
+    (["--benchmark", "--size", "70"], "70"),
+    (["--benchmark", "--checkpoint", "x.pt"], "x.pt.*no such checkpoint"),
+    (["--benchmark", "--checkpoint", "x.pt", "--size", "64"], "--size and --checkpoint")])
+def test_benchmark_and_precision_refuse_what_does_not_fit(script, arguments, expected, run, tmp_path):
+    assert_refused(run(script, *arguments, cwd=tmp_path), script, expected)
+    assert not list(tmp_path.iterdir())
 
 
 def options(*words, expected):

@@ -698,6 +698,7 @@ def arguments(folder, out, **changes):
             "resume": False,
             "checkpoint": out / "checkpoint.pt",
             "workers": 0,
+            "precision": "auto",
             "preset": None,
         }
         | changes
@@ -1001,3 +1002,43 @@ def test_the_released_encoder_keeps_its_last_map_before_the_relu():
         maps = encoder.features(torch.rand(1, 3, 32, 32) * 2 - 1)
     assert [tuple(m.shape[1:]) for m in maps] == [(128, 16, 16), (256, 8, 8), (512, 4, 4), (512, 2, 2)]
     assert all((m >= 0).all() for m in maps[:3]) and (maps[3] < 0).any()
+
+
+# Restoring: the forms that are faster
+
+
+def test_entries_in_half_precision_are_matched_as_in_float32():
+    parts, entries = styled_data(48, 200)
+    stored = dfdnet.normalise_entries(entries)
+    expected = dfdnet.match_features(parts, stored.bfloat16().float())
+    assert torch.equal(dfdnet.match_features(parts, stored.bfloat16()), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(dfdnet.match_features(parts, stored.bfloat16()), expected)
+        assert torch.equal(dfdnet.match_features(parts, stored), dfdnet.match_features(parts.float(), stored))
+    assert (expected == dfdnet.match_features(parts, stored)).float().mean() > 0.9
+    assert dfdnet.match_features(parts, stored[:3].bfloat16()).max() <= 2     # fewer than the eight best
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("cadain", [True, False])
+def test_a_network_made_ready_to_restore_paints_the_same(precision, cadain):
+    net, cpu = network(cadain=cadain), torch.device("cpu")
+    degraded = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    landmarks = common.mean_landmarks(64).expand(2, -1, -1)
+    expected = dfdnet.restore(net, degraded, landmarks, precision="float32")
+    net = dfdnet.for_restoration(net, cpu, precision)
+    restored = dfdnet.restore(net, degraded, landmarks, precision=precision)
+    if precision == "float32":
+        torch.testing.assert_close(restored, expected, rtol=1e-4, atol=1e-4)
+    assert common.psnr(restored, expected).min() > 35
+    low = precision == "bfloat16"
+    assert net.context.fuse.weight.dtype == (torch.bfloat16 if low else torch.float32)
+    assert net.blocks["scale1"].nose.dtype == (torch.bfloat16 if low and cadain else torch.float32)
+    assert net.blocks["scale1"].nose.is_contiguous()        # as matching reads it, whatever the rest is
+
+
+def test_official_entries_are_kept_in_the_type_that_is_asked_for():
+    block = dfdnet.ReleasedDFTBlock(6, (3, 3, 2, 4), 2, replace(dfdnet.RELEASED, entries=1))
+    entries = torch.randn(20, 6, 2, 2, generator=torch.Generator().manual_seed(5))
+    block.set_entries("nose", entries, torch.bfloat16)
+    assert torch.equal(block.entries(2), dfdnet.normalise_entries(entries).bfloat16())

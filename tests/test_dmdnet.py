@@ -942,8 +942,9 @@ def test_a_stored_dictionary_comes_back_for_the_network_that_made_it_and_no_othe
 
 def arguments(folder, out, **changes):
     return SimpleNamespace(**{
-        "data": str(folder), "out": str(out), "device": "cpu", "landmarks": None, "vggface": None,
-        "aligned": False, "resume": False, "checkpoint": out / "checkpoint.pt", "workers": 0, "preset": None,
+        "data": str(folder), "out": str(out), "device": "cpu", "precision": "auto", "landmarks": None,
+        "vggface": None, "aligned": False, "resume": False, "checkpoint": out / "checkpoint.pt",
+        "workers": 0, "preset": None,
     } | changes)
 
 

@@ -1203,6 +1203,7 @@ def arguments(folder, out, **changes):
             "resume": False,
             "checkpoint": out / "checkpoint.pt",
             "workers": 0,
+            "precision": "auto",
             "preset": None,
         }
         | changes

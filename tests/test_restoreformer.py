@@ -353,3 +353,38 @@ def test_the_released_attention_is_the_plain_loop_and_without_y_ignores_the_seco
                 read[c, i] = torch.stack([q[part, i] @ k[part, j] / 2 for j in range(4)]).softmax(0) @ v[c]
         expected = x + block.project(read.view(1, 8, 2, 2))
         torch.testing.assert_close(block(x, asking), expected, rtol=1e-4, atol=1e-4)
+
+
+# Restoring: the forms that are faster
+
+@pytest.mark.parametrize("size", [(3, 5), (1, 1)])
+def test_a_merged_doubling_is_the_doubling_and_its_convolution_at_the_border_too(size):
+    layer = nn.Conv2d(4, 6, 3, padding=1)
+    x = random(2, 4, *size)
+    with torch.no_grad():
+        expected = layer(F.interpolate(x, scale_factor=2, mode="nearest"))
+        torch.testing.assert_close(rf.merge_doubling(layer)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "auto", "bfloat16"])
+def test_a_network_made_ready_to_restore_paints_the_same(precision, released):
+    cfg = replace(TINY, released=released)
+    torch.manual_seed(5)
+    net = rf.build(cfg).eval()
+    with torch.no_grad():
+        net.dictionary.codes.mul_(cfg.codes)
+    degraded = random(2, 3, 64, 64).clamp(-1, 1)
+    expected = rf.restore(net, degraded, precision="float32" if precision == "float32" else "auto")
+    features = rf.for_restoration(net, torch.device("cpu"), precision)
+    restored = rf.restore(features, degraded, precision=precision)
+    if precision == "float32":
+        torch.testing.assert_close(restored, expected, rtol=1e-4, atol=1e-4)
+    elif precision == "auto":
+        assert common.psnr(restored, expected).min() > 35
+    assert restored.shape == expected.shape and restored.isfinite().all() and not net.training
+    exact = released and precision != "bfloat16"
+    with common.autocast("cpu", precision):
+        low = torch.is_autocast_enabled("cpu")
+    kinds = {module.weight.dtype for module in net.encoder.modules() if isinstance(module, nn.Conv2d)}
+    assert kinds == {torch.bfloat16 if low and not exact else torch.float32}
