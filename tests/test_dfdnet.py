@@ -1014,7 +1014,8 @@ def test_entries_in_half_precision_are_matched_as_in_float32():
     assert torch.equal(dfdnet.match_features(parts, stored.bfloat16()), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(dfdnet.match_features(parts, stored.bfloat16()), expected)
-        assert torch.equal(dfdnet.match_features(parts, stored), dfdnet.match_features(parts.float(), stored))
+        chosen = dfdnet.match_features(parts, stored)
+        assert torch.equal(chosen, dfdnet.match_features(parts.float(), stored))
     assert (expected == dfdnet.match_features(parts, stored)).float().mean() > 0.9
     assert dfdnet.match_features(parts, stored[:3].bfloat16()).max() <= 2     # fewer than the eight best
 
