@@ -392,9 +392,9 @@ def test_restoreformer_restores_a_crop_with_the_official_file(tmp_path, monkeypa
     assert "1 restored" in capsys.readouterr().out
     expected = restoreformer.restore(restoreformer.load_official(state),
                                      common.read_image(tmp_path / "crop.png")[None])[0]
-    written = common.to_uint8(common.read_image(tmp_path / "out" / "crop.png")).int()
-    assert written.shape == (3, 512, 512) and written.float().std() > 10
-    assert (written - common.to_uint8(expected).int()).abs().max() <= 1
+    written = common.read_image(tmp_path / "out" / "crop.png")
+    assert written.shape == (3, 512, 512) and written.std() > 0.08
+    assert common.psnr(written[None], expected[None]) > 45   # in half precision the merged doublings round anew
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
