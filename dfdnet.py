@@ -703,11 +703,8 @@ def entry_type(device, precision):
 
 def for_restoration(net, device, precision="auto"):
     """The network and its encoder made ready to restore with, once; they cannot be trained any more. What
-    they paint stays the same up to rounding: activations overwrite their input, weights and entries are
-    cast. (Entries that are not centred, those of --variant no-cadain, rank by differences too small.)"""
-    for module in net.modules():
-        if isinstance(module, nn.LeakyReLU):
-            module.inplace = True            # its input is a convolution's output, which nobody else reads
+    they paint stays the same up to rounding: see common.for_inference; entries are cast as well. (Not those
+    of --variant no-cadain: they are not centred, and rank by differences too small.)"""
     common.for_inference(net.encoder, device, precision)
     net = common.for_inference(net, device, precision)
     for block in net.blocks.values():

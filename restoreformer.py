@@ -888,20 +888,14 @@ def print_results(table):
 
 def for_restoration(net, device, precision="auto"):
     """The network made ready to restore with, once; it cannot be trained any more. What it paints stays the
-    same up to rounding: doublings and the convolutions behind them are merged, activations overwrite their
-    input, and weights are cast. The released encoder keeps float32 unless all is to be bfloat16."""
+    same up to rounding: doublings and the convolutions behind them are merged; for the rest see
+    common.for_inference. The released encoder keeps float32 unless all is to be bfloat16."""
     released = isinstance(net, ReleasedRestoreFormer)
     for module in list(net.modules()):
-        if isinstance(module, nn.SiLU):
-            module.inplace = True          # its input is a normalisation's output, which nobody else reads
-        elif isinstance(module, ReleasedLevel) and module.up is not None:
+        if isinstance(module, ReleasedLevel) and module.up is not None:
             module.up = merge_doubling(module.up)
-    net = common.for_inference(net, device, precision,
-                               ("encoder", "before") if released and precision != "bfloat16" else ())
-    for module in net.modules():                 # what common.for_inference leaves out
-        if isinstance(module, nn.ConvTranspose2d):
-            module.to(net.decoder.enter.weight.dtype)
-    return net
+    return common.for_inference(net, device, precision,
+                                ("encoder", "before") if released and precision != "bfloat16" else ())
 
 
 def benchmark(net, cfg, args, device):

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageFile, PngImagePlugin
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
 
 import common
 from common import Degradation, InputError, Range
@@ -33,7 +35,8 @@ PUBLIC = """
     CACHE COMPONENTS DEGRADATIONS Degradation FFHQ_TEMPLATE FID Face FaceFolder IMAGE_SUFFIXES
     INNER_LIP InputError JAW LEFT_BROW LEFT_EYE LPIPS NOSE_BASE NOSE_BRIDGE OUTER_LIP Progress
     RIGHT_BROW RIGHT_EYE Range Recogniser RenderedFaces VGG align_face angular_margin_loss augment autocast
-    benchmark blur choose_device comparison_grid component_boxes degrade detect_landmarks download
+    benchmark blur channels_last choose_device comparison_grid component_boxes degrade detect_landmarks
+    download
     draw_landmarks face_matrix find_landmarks five_points fold for_inference frechet_distance gaussian_matrix
     identity_distance invert_matrix jpeg landmark_heatmaps landmark_mask load_checkpoint
     load_named load_published load_vgg load_weights mean_landmarks mirror motion_kernels paired_gain
@@ -1476,6 +1479,36 @@ def test_autocast_follows_precision():
     with common.autocast("cpu"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == common.precision("cpu")
     assert common.precision("cpu") in (torch.float32, torch.bfloat16)
+
+
+class WithEntries(nn.Module):
+    """Two convolutions, the first under spectral norm, and what a dictionary keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(spectral_norm(nn.Conv2d(3, 4, 3)), nn.LeakyReLU(0.2), nn.Conv2d(4, 2, 3))
+        self.entries = nn.Parameter(torch.randn(5, 4, 3, 3))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_for_inference_changes_how_a_network_computes_not_what(kind):
+    torch.manual_seed(1)
+    net, x = WithEntries().eval(), torch.randn(2, 3, 9, 9)
+    expected, before = net(x).detach(), x.clone()
+    ready = common.for_inference(net, "cpu", kind, exact=("body.2",))
+    with common.autocast("cpu", kind):
+        torch.testing.assert_close(ready(x).float(), expected, **(
+            {"rtol": 1e-5, "atol": 1e-6} if kind == "float32" else {"rtol": 0.03, "atol": 0.03}))
+    assert torch.equal(x, before) and not any(weight.requires_grad for weight in ready.parameters())
+    first, activation, last = ready.body
+    assert type(first) is nn.Conv2d and activation.inplace and not parametrize.is_parametrized(first)
+    assert (first.weight.dtype, last.weight.dtype) == (getattr(torch, kind), torch.float32)
+    for layer in (first, last):
+        assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+    assert ready.entries.is_contiguous() and ready.entries.dtype == torch.float32
 
 
 def test_replacing_renames_in_the_end_and_removes_its_temporary_on_failure(tmp_path):

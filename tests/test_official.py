@@ -131,20 +131,33 @@ def boxes(size, shift=0):
 
 
 @torch.inference_mode()
-def outputs(script, net):
-    """What the network makes of the pictures, {case: (1,3,size,size)}: smaller ones than 512, for speed."""
+def outputs(script, net, device="cpu", precision="float32", batch=1):
+    """What the network makes of the pictures, {case: (batch,3,size,size)}: below 512, for speed."""
+    def call(*inputs):
+        with common.autocast(device, precision):
+            return net(*(x.expand(batch, *x.shape[1:]).to(device) for x in inputs)).float().cpu()
+
     if script == "restoreformer":
-        return {"": net(picture("degraded", 128))}
+        return {"": call(picture("degraded", 128))}
     if script == "asffnet":
         face = common.mean_landmarks(128)[None]
-        return {"": net(picture("degraded", 128), picture("guide", 128), face + noise("a", face.shape, 1.0),
-                        face * 0.9 + 8 + noise("b", face.shape, 1.0))}
+        return {"": call(picture("degraded", 128), picture("guide", 128), face + noise("a", face.shape, 1.0),
+                         face * 0.9 + 8 + noise("b", face.shape, 1.0))}
     degraded = picture("degraded", 256)
     if script == "dfdnet":
-        return {"": net(degraded, boxes(256))}
+        return {"": call(degraded, boxes(256))}
     references = torch.stack([picture(name, 256) for name in ("first", "second")], 1)
     theirs = torch.stack([boxes(256, 3), boxes(256, -5)], 1)
-    return {"generic": net(degraded, boxes(256)), "specific": net(degraded, boxes(256), references, theirs)}
+    return {"generic": call(degraded, boxes(256)),
+            "specific": call(degraded, boxes(256), references, theirs)}
+
+
+def made_ready(script, net, device, precision):
+    """The network as --restore uses it."""
+    if script in ("dfdnet", "restoreformer"):
+        return SCRIPTS[script].for_restoration(net, torch.device(device), precision)
+    exact = ("extract_specific",) if script == "dmdnet" else ()
+    return common.for_inference(net, torch.device(device), precision, exact)
 
 
 def at_some_places(image):
@@ -184,6 +197,42 @@ def test_the_official_numbers_come_out_of_the_official_tensors(script, state):
         expected = torch.tensor(OFFICIAL[script]["values"][case])
         assert expected.numel() == 72 and expected.std() > 0.1
         torch.testing.assert_close(at_some_places(result), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("script, state", [("asffnet", "asffnet"), ("dmdnet", "dmdnet")],
+                         indirect=["state"], scope="module")
+def test_a_network_made_ready_to_restore_paints_the_same(script, state, precision):
+    net = load(script, state)
+    expected = outputs(script, net)
+    for case, restored in outputs(script, made_ready(script, net, "cpu", precision),
+                                  precision=precision).items():
+        if precision == "float32":
+            torch.testing.assert_close(restored, expected[case], atol=2e-5, rtol=0)
+        assert common.psnr(restored, expected[case]) > 40
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+@every_script
+def test_a_gpu_paints_what_the_processor_paints_a_face_or_a_batch_at_a_time(script, state, precision,
+                                                                            monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    expected = outputs(script, load(script, state))
+    net = made_ready(script, load(script, state).to("cuda"), "cuda", precision)
+    for batch in (1, 16):
+        for case, restored in outputs(script, net, "cuda", precision, batch).items():
+            assert restored.shape == (batch, *expected[case].shape[1:])
+            if precision == "float32":
+                torch.testing.assert_close(restored, expected[case].expand_as(restored), atol=1e-3, rtol=0)
+            assert common.psnr(restored, expected[case].expand_as(restored)).min() > 40
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_gpu_is_timed(script, capsys):
+    assert SCRIPTS[script].main(["--benchmark", "--device", "cuda", "--preset", "released"]) == 0
+    assert re.search(r"images/s .* peak memory \d+\.\d+ GB", capsys.readouterr().out)
 
 
 @every_script
@@ -394,7 +443,7 @@ def test_restoreformer_restores_a_crop_with_the_official_file(tmp_path, monkeypa
                                      common.read_image(tmp_path / "crop.png")[None])[0]
     written = common.read_image(tmp_path / "out" / "crop.png")
     assert written.shape == (3, 512, 512) and written.std() > 0.08
-    assert common.psnr(written[None], expected[None]) > 45   # in half precision the merged doublings round anew
+    assert common.psnr(written[None], expected[None]) > 45   # merged doublings round anew in bfloat16
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
