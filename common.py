@@ -1923,7 +1923,8 @@ def channels_last(network, device):
 def keep_freed_memory():
     """Let memory that was freed stay with the process. The C library of most Linux systems gives every
     tensor above 32 MB back at once, and the next one is paged in anew: up to a quarter of the time of a
-    512×512 face on a CPU. Does nothing on other systems."""
+    512×512 face on a CPU. Called once what is large and short-lived, such as weights before they are cast,
+    is gone. Does nothing on other systems."""
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")
         library.mallopt(-4, 0)                                         # M_MMAP_MAX: from the heap instead
@@ -1935,7 +1936,6 @@ def for_inference(network, device, kind="auto", exact=()):
     activations overwriting their input (which has to be the output of a layer that nobody else reads), and
     where `autocast(device, kind)` is mixed, the weights of convolutions and linear layers cast once instead
     of in every call. Modules whose name begins with one in the tuple `exact` keep float32 weights."""
-    keep_freed_memory()
     network = channels_last(fold(network).eval().requires_grad_(False), device)
     kind_of_device = torch.device(device).type
     with autocast(device, kind):
@@ -1986,6 +1986,7 @@ def benchmark(call, images, device, kind="auto", runs=7):
     with torch.inference_mode():
         with FlopCounterMode(display=False) as counter:
             call()
+        keep_freed_memory()
         call()
         with autocast(device, kind):
             dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
@@ -2155,6 +2156,7 @@ def restore_files(source, out, size, restore_crops, *, aligned=False, landmarks=
     Returns the number of failures.
     """
     files, out = _pictures(source, "--restore"), Path(out)
+    keep_freed_memory()
     stems = [file.stem for file in files]
     failures, skipped = [], 0
     for file in files:
