@@ -126,18 +126,21 @@ def paste_components(parts, boxes, stride, shape):
     Bilinear resampling is separable, so a part becomes Y · part · Xᵀ with two small matrices, zero outside
     the box. Where boxes overlap, the mean is taken.
     """
-    total, cover = 0, 0
-    for part, box in zip(parts, boxes.unbind(1)):
-        weights, inside = [], []
-        for low, high, length in ((box[:, 1], box[:, 3], shape[0]), (box[:, 0], box[:, 2], shape[1])):
-            low, high, size = low[:, None] / stride, high[:, None] / stride, part.shape[-1]
-            centre = torch.arange(length, device=box.device) + 0.5
-            position = ((centre - low) / (high - low) * size - 0.5).clamp(0, size - 1)          # (B,length)
-            hat = (1 - (position[:, :, None] - torch.arange(size, device=box.device)).abs()).clamp(min=0)
-            inside.append(((centre > low) & (centre < high)).float())
-            weights.append(hat * inside[-1][:, :, None])                            # (B,length,size)
-        total = total + weights[0][:, None] @ part.float() @ weights[1][:, None].transpose(2, 3)
-        cover = cover + (inside[0][:, :, None] * inside[1][:, None])[:, None]
+    places, inside = [], []
+    for axis, length in ((1, shape[0]), (0, shape[1])):                                      # y, then x
+        low, high = (boxes[:, :, edge, None] / stride for edge in (axis, axis + 2))
+        centre = torch.arange(length, device=boxes.device) + 0.5
+        places.append((centre - low) / (high - low))                    # 0 to 1 in a box, (B,parts,length)
+        inside.append(((centre > low) & (centre < high)).float())
+    total = 0
+    for index, part in enumerate(parts):                                         # a loop, as sizes differ
+        size, weights = part.shape[-1], []
+        for place, within in zip(places, inside):
+            position = (place[:, index, :, None] * size - 0.5).clamp(0, size - 1)
+            hat = (1 - (position - torch.arange(size, device=boxes.device)).abs()).clamp(min=0)
+            weights.append((hat * within[:, index, :, None])[:, None])              # (B,1,length,size)
+        total = total + weights[0] @ part.float() @ weights[1].transpose(2, 3)
+    cover = (inside[0][:, :, :, None] * inside[1][:, :, None]).sum(1, keepdim=True)
     return total / cover.clamp(min=1)
 
 
