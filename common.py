@@ -2101,16 +2101,20 @@ def write_log(folder, rows):
     names = [name for name in names if name != "step"]
     columns = min(4, len(names))
     lines = math.ceil(len(names) / columns)
-    figure = matplotlib.figure.Figure(figsize=(3.2 * columns, 2.3 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False)
+    width, height = 3.2 * columns, 2.3 * lines           # inches; margins by hand: a layout engine is slow
+    figure = matplotlib.figure.Figure(figsize=(width, height))
+    axes = figure.subplots(lines, columns, squeeze=False, gridspec_kw={
+        "left": 0.5 / width, "right": 1 - 0.15 / width, "bottom": 0.3 / height, "top": 1 - 0.3 / height,
+        "wspace": 0.28, "hspace": 0.36})
     for axis, name in zip(axes.flat, names):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         axis.plot(*zip(*points), linewidth=1.2)
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=7)
+        axis.locator_params(nbins=4)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(names):]:
-        axis.axis("off")
+        axis.remove()
     with replacing(Path(folder) / "curves.png") as temporary:
         figure.savefig(temporary, dpi=110)
 

@@ -260,21 +260,22 @@ def run(out, folder, cfg, patch, **changes):
             for name in ("dictionary.pt", "checkpoint.pt")]
 
 
-@pytest.mark.parametrize("broken", [1, 2])
-def test_a_broken_run_resumes_to_the_same_bits_and_the_codes_stand_still_in_stage_2(
-        face_folder, tmp_path, monkeypatch, broken):
-    cfg, real = replace(TINY, validate_every=2), rf.common.save_checkpoint
+def test_a_run_broken_in_both_stages_resumes_to_the_same_bits_and_the_codes_stand_still_in_stage_2(
+        face_folder, tmp_path, monkeypatch):
+    cfg, real, broken = replace(TINY, validate_every=2), common.save_checkpoint, []
     first, whole = run(tmp_path / "whole", face_folder, cfg, monkeypatch)
 
     def breaking(path, state):
         real(path, state)
-        if (state["stage"], state["step"]) == (broken, 2):
+        if state["step"] == 2 and state["stage"] not in broken:
+            broken.append(state["stage"])
             raise KeyboardInterrupt
     monkeypatch.setattr(common, "save_checkpoint", breaking)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "broken", face_folder, cfg, monkeypatch)
-    monkeypatch.setattr(common, "save_checkpoint", real)
+    for resume in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "broken", face_folder, cfg, monkeypatch, resume=resume)
     _, resumed = run(tmp_path / "broken", face_folder, cfg, monkeypatch, resume=True)
+    assert broken == [1, 2]
     for part in ("net", "discriminators"):
         assert all(torch.equal(a, resumed[part][name]) for name, a in whole[part].items())
     assert torch.equal(first["net"]["dictionary.codes"], whole["net"]["dictionary.codes"])
