@@ -260,6 +260,70 @@ def run(out, folder, cfg, patch, **changes):
             for name in ("dictionary.pt", "checkpoint.pt")]
 
 
+def log_d(score):
+    return torch.log(torch.sigmoid(score)).mean()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_lowers_the_sum_of_equation_18_or_13(stage, face_folder, tmp_path, monkeypatch):
+    """The terms by hand, against the log, and their gradient, against what Adam was given."""
+    monkeypatch.setattr(common, "precision", lambda kind: torch.float32)        # the same on any processor
+    cfg = replace(TINY, dictionary_steps=1, steps=1, restart_every=0, clip=math.inf, weight_perceptual=0.7,
+                  weight_adversarial=0.2, weight_codebook=1.1, weight_commitment=0.6, weight_component=0.3,
+                  weight_style=5.0, weight_identity=0.9, weight_code=0.4)
+    states = run(tmp_path, face_folder, cfg, monkeypatch)
+    faces = common.FaceFolder(face_folder, 64)
+    shown, target, boxes = rf.Batches(faces, common.split_identities(faces)[0], cfg, stage)[0]
+    torch.manual_seed(cfg.seed)
+    net, judges, other = rf.build(cfg, stage), rf.Discriminators(cfg, stage), recogniser()
+    if stage == 2:
+        net.load_state_dict(states[0]["net"], strict=False)
+        net.dictionary.requires_grad_(False)
+    restored, z, p = net(shown, latents=True)
+    fake = judges(restored, boxes)
+    hand = {"pixel": (restored - target).abs().mean(),
+            "perceptual": 0.7 * sum((a - b).square().mean() for a, b in zip(
+                other.features(restored), other.features(target))),
+            "adversarial": -0.2 * log_d(fake["image"][0])}
+    if stage == 1:
+        hand |= {"codebook": 1.1 * (z.detach() - p).square().mean(),
+                 "commitment": 0.6 * (z - p.detach()).square().mean()}
+    else:
+        real, regions = judges(target, boxes), ("left_eye", "right_eye", "mouth")
+        grams = [[torch.einsum("bihw,bjhw->bij", f, f) / f[0].numel() for f in judged[name][1]]
+                 for judged in (fake, real) for name in regions]
+        hand |= {"component": -0.3 * sum(log_d(fake[name][0]) for name in regions),
+                 "style": 5 * sum((a - b).square().sum((1, 2)).mean() for ours, theirs in zip(
+                     grams[:3], grams[3:]) for a, b in zip(ours, theirs)),
+                 "identity": 0.9 * (other(restored) - other(target)).square().sum(1).mean(),
+                 "code": 0.4 * (z - p.detach()).square().mean()}
+    learned = [weight for weight in net.parameters() if weight.requires_grad]
+    gradients = torch.autograd.grad(sum(hand.values()), learned)
+    judged = judges(torch.cat([target, restored.detach()]), torch.cat([boxes, boxes]))
+    hand["discriminator"] = -sum(log_d(scores[:2]) + log_d(-scores[2:]) for scores, _ in judged.values())
+    state = states[stage - 1]
+    for name, value in hand.items():
+        assert state["rows"][0][name] == pytest.approx(value.item(), rel=1e-3, abs=1e-6), name
+    assert set(hand) <= set(state["rows"][0])
+    gradient, given = (torch.cat([part.flatten() for part in parts]) for parts in (gradients, [
+        state["optimizer"]["state"][n]["exp_avg"] / (1 - cfg.betas[0]) for n in range(len(learned))]))
+    torch.testing.assert_close(given, gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+
+
+def test_sft_scales_and_shifts_the_priors_by_what_the_features_say():
+    sft, z, p = rf.SFT(4), random(1, 4, 5, 5), random(1, 4, 5, 5, seed=1)
+    alpha, beta = (layers[2](F.leaky_relu(layers[0](z), 0.2)) for layers in (sft.scale, sft.shift))
+    torch.testing.assert_close(sft(z, p), p + alpha * p + beta)
+    assert alpha.std() > 0.01 and beta.std() > 0.01
+
+
+def test_the_blur_of_equation_19_is_the_configs_and_the_rest_the_papers():
+    papers = common.DEGRADATIONS["restoreformer"]
+    assert rf.degradation_of(rf.PAPER) == papers and papers.blur.high == 10
+    narrow = rf.degradation_of(replace(rf.PAPER, blur=3.0))
+    assert narrow.blur.high == 3 and replace(narrow, blur=papers.blur) == papers
+
+
 def test_a_run_broken_in_both_stages_resumes_to_the_same_bits_and_the_codes_stand_still_in_stage_2(
         face_folder, tmp_path, monkeypatch):
     cfg, real, broken = replace(TINY, validate_every=2), common.save_checkpoint, []
