@@ -905,8 +905,8 @@ def test_a_short_training_improves_held_out_faces(face_folder, tmp_path, monkeyp
         size=64,
         entries=16,
         batch=8,
-        steps=110,
-        validate_every=55,
+        steps=50,
+        validate_every=50,
         learning_rate=5e-4,
         discriminator_width=8,
     )
