@@ -36,7 +36,6 @@ import matplotlib.figure
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 import common
@@ -773,11 +772,7 @@ def load_network(args, device):
                    else common.Recogniser(**state["arguments"]).folded())
     net = build(cfg, encoder).to(device, memory_format=torch.channels_last)
     net.load_state_dict(state["net"])
-    net.eval()
-    for module in net.modules():
-        if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight")
-    return net, cfg
+    return common.fold(net.eval()), cfg
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -51,15 +51,14 @@ __all__ = [                   # the public names: few, and a test lists them, so
     "NOSE_BRIDGE", "OUTER_LIP", "Progress", "RIGHT_BROW", "RIGHT_EYE", "Range", "Recogniser",
     "RenderedFaces", "VGG", "align_face", "angular_margin_loss", "augment", "autocast", "benchmark", "blur",
     "channels_last", "choose_device", "comparison_grid", "component_boxes", "degrade", "detect_landmarks",
-    "download",
-    "draw_landmarks", "face_matrix", "find_landmarks", "five_points", "fold", "for_inference",
-    "frechet_distance", "gaussian_matrix", "identity_distance", "invert_matrix", "jpeg", "landmark_heatmaps",
-    "landmark_mask", "load_checkpoint", "load_named", "load_published", "load_vgg", "load_weights",
-    "mean_landmarks", "mirror", "motion_kernels", "paired_gain", "paste_face", "precision", "print_table",
-    "process_group", "psnr", "read_image", "read_landmarks", "read_published", "read_references",
-    "recogniser", "replacing", "restore_files", "run_script", "save_checkpoint", "seeded", "show",
-    "similarity", "split_identities", "spread", "ssim", "stack_faces", "stack_person", "to_uint8",
-    "transform_points", "verification_accuracy", "warp_affine", "write_image", "write_json",
+    "download", "draw_landmarks", "face_matrix", "find_landmarks", "five_points", "fold", "for_inference",
+    "frechet_distance", "gaussian_matrix", "identity_distance", "invert_matrix", "jpeg",
+    "landmark_heatmaps", "landmark_mask", "load_checkpoint", "load_named", "load_published", "load_vgg",
+    "load_weights", "mean_landmarks", "mirror", "motion_kernels", "paired_gain", "paste_face", "precision",
+    "print_table", "process_group", "psnr", "read_image", "read_landmarks", "read_published",
+    "read_references", "recogniser", "replacing", "restore_files", "run_script", "save_checkpoint",
+    "seeded", "show", "similarity", "split_identities", "spread", "ssim", "stack_faces", "stack_person",
+    "to_uint8", "transform_points", "verification_accuracy", "warp_affine", "write_image", "write_json",
     "write_landmarks", "write_log"]
 
 CACHE = Path(os.environ.get("FACE_RESTORATION_CACHE", "~/.cache/face-restoration")).expanduser()

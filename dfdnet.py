@@ -279,7 +279,7 @@ class SFTStage(nn.Module):
         return F.leaky_relu(self.widen(F.interpolate(x, scale_factor=2, mode="bilinear")), 0.2)
 
 
-class ResidualBlock(nn.Module):
+class Residual(nn.Module):
     """x + two convolutions, without spectral norm."""
 
     def __init__(self, channels):
@@ -288,7 +288,7 @@ class ResidualBlock(nn.Module):
                                   nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, x):
-        return self.body(x).add_(x)                     # in place: a fresh map costs more than the sum
+        return x + self.body(x)
 
 
 class DFDNet(nn.Module):
@@ -308,7 +308,7 @@ class DFDNet(nn.Module):
         outputs = (widths[2], widths[1], widths[0], cfg.width)
         self.stages = nn.ModuleList(stage(before, after) for before, after in zip(reversed(widths), outputs))
         self.paint = nn.Sequential(convolution(cfg.width, cfg.width), nn.LeakyReLU(0.2),
-                                   *[ResidualBlock(cfg.width) for _ in range(cfg.paint_blocks)],
+                                   *[Residual(cfg.width) for _ in range(cfg.paint_blocks)],
                                    nn.Conv2d(cfg.width, 3, 3, padding=1))
         if cfg.residual:
             nn.init.zeros_(self.paint[-1].weight)

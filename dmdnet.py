@@ -43,7 +43,6 @@ import matplotlib.figure
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.ops import roi_align
 
@@ -988,17 +987,17 @@ def benchmark(net, cfg, args, device):
     points = common.mean_landmarks(cfg.size).expand(count + 8, -1, -1)
     (degraded, references), (landmarks, theirs) = images.split((count, 8)), points.split((count, 8))
 
-    def time(title, call, images):
+    def report(title, call, images):
         print(f"{title}: ", end="")
         common.benchmark(call, images, device, args.precision)
 
-    time("generic dictionary", lambda: restore(net, degraded, landmarks, None, None, count, args.precision),
-         count)
+    report("generic dictionary", lambda: restore(
+        net, degraded, landmarks, None, None, count, args.precision), count)
     if net.extract_specific is not None:
         specific = specific_dictionary(net, references, theirs, 8, args.precision)
-        time("and a stored one of 8 references", lambda: restore(
+        report("and a stored one of 8 references", lambda: restore(
             net, degraded, landmarks, specific, None, count, args.precision), count)
-        time("making that of 8 references", lambda: specific_dictionary(
+        report("making that of 8 references", lambda: specific_dictionary(
             net, references, theirs, 8, args.precision), 8)
 
 
@@ -1010,11 +1009,7 @@ def load_network(args, device):
         raise InputError(f"{args.checkpoint}: a checkpoint of --preset {cfg.preset}, not {args.preset}")
     net = common.channels_last(DMDNet(cfg), device)
     net.load_state_dict(state["net"])
-    net.eval()
-    for module in net.modules():
-        if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight")
-    return net, cfg
+    return common.fold(net.eval()), cfg
 
 
 def extractor_hash(net):

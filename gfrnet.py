@@ -811,7 +811,7 @@ def main(argv=None):
     failures = common.restore_files(
         args.restore, args.out, cfg.size,
         lambda crops, landmarks, file: restore(net, crops, guide.expand_as(crops),
-                                                 precision=args.precision)[0],
+                                               precision=args.precision)[0],
         overwrite=args.overwrite, check=args.check, **options)
     return 1 if failures else 0
 

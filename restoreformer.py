@@ -165,7 +165,7 @@ class Residual(nn.Module):
             self.body[-1].weight *= 0.1
 
     def forward(self, x):
-        return self.body(x).add_(self.shortcut(x))       # in place: a fresh map costs more than the sum
+        return self.shortcut(x) + self.body(x)
 
 
 def level(before, after, blocks, resize, groups):
@@ -1012,7 +1012,7 @@ def main(argv=None):
             if getattr(args, name):
                 raise InputError(f"--weights and --{name} do not go together: --weights is the authors' "
                                  "network, to restore with")
-    fresh = args.benchmark and args.weights is None and args.checkpoint is None
+    fresh = args.benchmark and args.checkpoint is None and args.weights is None
     if args.train and args.precision != "auto":
         raise InputError("--precision and --train do not go together: it is of restoration; training takes "
                          "bfloat16 where the processor gains")
@@ -1043,12 +1043,12 @@ def main(argv=None):
                           dictionary_steps=dictionary_steps if first else cfg.dictionary_steps)
         train(cfg, args)
         return 0
-    if args.weights is not None:
-        net, cfg = load_official(args.weights), RELEASED
-    elif fresh:
+    if fresh:
         cfg = chosen_config(args)
         torch.manual_seed(cfg.seed)
         net = build(cfg, encoder=common.Recogniser().folded() if cfg.recognition else None)
+    elif args.weights is not None:
+        net, cfg = load_official(args.weights), RELEASED
     else:
         net, cfg = load_network(args, device)
     net = for_restoration(net, device, args.precision)

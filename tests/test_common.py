@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import platform
 import shutil
 import struct
 import sys
@@ -1509,6 +1510,18 @@ def test_for_inference_changes_how_a_network_computes_not_what(kind):
     for layer in (first, last):
         assert layer.weight.is_contiguous(memory_format=torch.channels_last)
     assert ready.entries.is_contiguous() and ready.entries.dtype == torch.float32
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_used_again():
+    import resource                                                 # not on every system
+    common.keep_freed_memory()
+    faults = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.empty(2**26, dtype=torch.uint8).fill_(1)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert faults[-1] < 100                                        # 64 MB paged in anew are 16,384 of 4 kB
 
 
 def test_replacing_renames_in_the_end_and_removes_its_temporary_on_failure(tmp_path):
