@@ -790,7 +790,7 @@ def main(argv=None):
                         help="go on exactly where the last checkpoint stopped")
     parser.add_argument("--size", type=positive, help="pixels, a multiple of 16")
     parser.add_argument("--steps", type=positive, help="training steps")
-    parser.add_argument("--batch", type=positive, help="images a step and process")
+    parser.add_argument("--batch", type=positive, help="faces a step and process")
     parser.add_argument("--seed", type=natural, help="fixes data, initialisation and order (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
@@ -832,7 +832,7 @@ def main(argv=None):
     elif args.official_dictionary is not None or args.vgg is not None:
         raise InputError("--official-dictionary and --vgg belong to --weights, the authors' network; a "
                          "trained one has its dictionary.pt")
-    fresh = args.benchmark and args.weights is None and args.checkpoint is None
+    fresh = args.benchmark and args.checkpoint is None and args.weights is None
     if args.train and args.precision != "auto":
         raise InputError("--precision and --train do not go together: it is of restoration; training takes "
                          "bfloat16 where the processor gains")
@@ -856,17 +856,20 @@ def main(argv=None):
             cfg = replace(cfg, steps=chosen.get("steps", cfg.steps))
         else:
             preset, variant = args.preset or "tiny", args.variant or "full"
+            if preset == "released" and variant != "full":
+                raise InputError("--variant: the paper's ablations are of its own network, not of "
+                                 "--preset released")
             cfg = replace(PRESETS[preset], variant=variant, **VARIANTS[variant], **chosen)
         if cfg.size % 16 or cfg.size < 64:
             raise InputError(f"--size {cfg.size}: must be a multiple of 16, at least 64")
     if args.train:
         train(cfg, args)
         return 0
-    if args.weights is not None:
+    if fresh:
+        net = fresh_network(cfg, device, args.precision)
+    elif args.weights is not None:
         net, cfg = load_official(args.weights, args.official_dictionary, args.vgg,
                                  entry_type(device, args.precision)), RELEASED
-    elif fresh:
-        net = fresh_network(cfg, device, args.precision)
     else:
         net, cfg = load_network(args, device)
     net = for_restoration(net, device, args.precision)

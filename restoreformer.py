@@ -977,7 +977,7 @@ def main(argv=None):
     parser.add_argument("--size", type=positive, help="pixels, a multiple of 16, or of 32 at full scale")
     parser.add_argument("--steps", type=positive,
                         help="steps of the second stage; those of the first change in proportion")
-    parser.add_argument("--batch", type=positive, help="images a step and process")
+    parser.add_argument("--batch", type=positive, help="faces a step and process")
     parser.add_argument("--seed", type=natural, help="fixes data, initialisation and order (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",

@@ -826,10 +826,12 @@ BAD_INPUT = {
     "dmdnet": {**EVERYWHERE, **OF_GUIDES, **named(
         two_sources_of_references, dictionary_to_be_saved_of_nobody, dictionary_that_is_a_checkpoint)},
     "restoreformer": EVERYWHERE | {"stage_three": options("--train", "--stage", 3, expected="--stage")},
-    "asffnet": {**EVERYWHERE, **OF_GUIDES, **WANTED, "ablation_of_the_released_network": options(
-        "--train", "--preset", "released", "--variant", "no-mls", expected="--variant")}}
+    "asffnet": {**EVERYWHERE, **OF_GUIDES, **WANTED}}
 for name, cases in BAD_INPUT.items():
     number, rule = SCRIPTS[name].size
+    if name != "gfrnet":                                                   # whose authors released none
+        cases["ablation_of_the_released_network"] = options(
+            "--train", "--preset", "released", "--variant", SCRIPTS[name].other, expected="--variant: the")
     cases["odd_size"] = options("--train", "--size", number, expected=f"{number}.*{rule}")
     cases["resumed_checkpoint_of_another_variant"] = options(
         "--train", "--resume", "--out", ".", "--variant", SCRIPTS[name].other,
