@@ -403,8 +403,9 @@ def style_loss(features, target_features):
     over all positions, as printed: the loss grows with the area and the fourth power of the features.
     """
     def gram(maps):
-        flat = maps.float().flatten(2)
-        return flat @ flat.transpose(1, 2)
+        with torch.autocast(maps.device.type, enabled=False):     # small differences of large sums follow
+            flat = maps.float().flatten(2)
+            return flat @ flat.transpose(1, 2)
 
     return sum((gram(a) - gram(b)).square().sum((1, 2)).mean() / a[0].numel()
                for a, b in zip(features, target_features))
@@ -551,9 +552,9 @@ def train(cfg, args):
             optimizer.zero_grad(set_to_none=True)
             sum(losses.values()).backward()                                     # Eq. (17)
             nn.utils.clip_grad_norm_(learned, cfg.clip)
-            group, left = (optimizer.param_groups[0],
-                           (cfg.steps - step + 1) / max(cfg.cooldown * cfg.steps, 1))
-            rate, group["lr"] = group["lr"], group["lr"] * min(left, 1)
+            group = optimizer.param_groups[0]
+            left = min((cfg.steps - step + 1) / max(cfg.cooldown * cfg.steps, 1), 1)
+            rate, group["lr"] = group["lr"], group["lr"] * left
             optimizer.step()
             group["lr"] = rate
             discriminator.requires_grad_(True)
@@ -584,7 +585,7 @@ def train(cfg, args):
                 schedule.step(reconstruction)
                 optimizer_d.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
                 rows[-1] |= {"validation": reconstruction, "validation_psnr": quality,
-                             "rate": optimizer.param_groups[0]["lr"]}
+                             "rate": rate * left}
                 if rank == 0:
                     progress.line(f"step {step}: validation reconstruction {reconstruction:.3f}, "
                                   f"PSNR {quality:.2f} dB")

@@ -2103,8 +2103,8 @@ def write_log(folder, rows):
     width, height = 3.2 * columns, 2.3 * lines           # inches; margins by hand: a layout engine is slow
     figure = matplotlib.figure.Figure(figsize=(width, height))
     axes = figure.subplots(lines, columns, squeeze=False, gridspec_kw={
-        "left": 0.5 / width, "right": 1 - 0.15 / width, "bottom": 0.3 / height, "top": 1 - 0.3 / height,
-        "wspace": 0.28, "hspace": 0.36})
+        "left": 0.6 / width, "right": 1 - 0.15 / width, "bottom": 0.3 / height, "top": 1 - 0.3 / height,
+        "wspace": 0.32, "hspace": 0.36})
     for axis, name in zip(axes.flat, names):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         axis.plot(*zip(*points), linewidth=1.2)

@@ -126,20 +126,20 @@ def paste_components(parts, boxes, stride, shape):
     Bilinear resampling is separable, so a part becomes Y · part · Xᵀ with two small matrices, zero outside
     the box. Where boxes overlap, the mean is taken.
     """
-    places, inside = [], []
+    sizes = torch.tensor([[part.shape[-1]] for part in parts], device=boxes.device)             # (parts,1)
+    columns = torch.arange(max(part.shape[-1] for part in parts), device=boxes.device)
+    weights, inside = [], []
     for axis, length in ((1, shape[0]), (0, shape[1])):                                      # y, then x
         low, high = (boxes[:, :, edge, None] / stride for edge in (axis, axis + 2))
         centre = torch.arange(length, device=boxes.device) + 0.5
-        places.append((centre - low) / (high - low))                    # 0 to 1 in a box, (B,parts,length)
         inside.append(((centre > low) & (centre < high)).float())
+        position = ((centre - low) / (high - low) * sizes - 0.5).clamp(min=0).minimum(sizes - 1)
+        hat = (1 - (position[..., None] - columns).abs()).clamp(min=0)
+        weights.append(hat * inside[-1][..., None])                           # (B,parts,length,largest size)
     total = 0
     for index, part in enumerate(parts):                                         # a loop, as sizes differ
-        size, weights = part.shape[-1], []
-        for place, within in zip(places, inside):
-            position = (place[:, index, :, None] * size - 0.5).clamp(0, size - 1)
-            hat = (1 - (position - torch.arange(size, device=boxes.device)).abs()).clamp(min=0)
-            weights.append((hat * within[:, index, :, None])[:, None])              # (B,1,length,size)
-        total = total + weights[0] @ part.float() @ weights[1].transpose(2, 3)
+        y, x = (weight[:, index, None, :, :part.shape[-1]] for weight in weights)
+        total = total + y @ part.float() @ x.transpose(2, 3)
     cover = (inside[0][:, :, :, None] * inside[1][:, :, None]).sum(1, keepdim=True)
     return total / cover.clamp(min=1)
 
@@ -566,9 +566,9 @@ def train(cfg, args):
             optimizer.zero_grad(set_to_none=True)
             sum(losses.values()).backward()                                     # Eq. (10)
             nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
-            group, left = (optimizer.param_groups[0],
-                           (cfg.steps - step + 1) / max(cfg.cooldown * cfg.steps, 1))
-            rate, group["lr"] = group["lr"], group["lr"] * min(left, 1)
+            group = optimizer.param_groups[0]
+            left = min((cfg.steps - step + 1) / max(cfg.cooldown * cfg.steps, 1), 1)
+            rate, group["lr"] = group["lr"], group["lr"] * left
             optimizer.step()
             group["lr"] = rate
             discriminators.requires_grad_(True)
@@ -594,7 +594,7 @@ def train(cfg, args):
                 schedule.step(reconstruction)
                 optimizer_d.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
                 rows[-1] |= {"validation": reconstruction, "validation_psnr": quality,
-                             "rate": optimizer.param_groups[0]["lr"]}
+                             "rate": rate * left}
                 if rank == 0:
                     progress.line(f"step {step}: validation reconstruction {reconstruction:.3f}, "
                                   f"PSNR {quality:.2f} dB")

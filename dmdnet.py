@@ -154,20 +154,20 @@ def paste_components(parts, boxes, stride, shape):
     Bilinear resampling is separable, so a part becomes Y · part · Xᵀ with two small matrices, zero outside
     the box. Where boxes overlap, the mean is taken.
     """
-    places, inside = [], []
+    sizes = torch.tensor([[part.shape[-1]] for part in parts], device=boxes.device)             # (parts,1)
+    columns = torch.arange(max(part.shape[-1] for part in parts), device=boxes.device)
+    weights, inside = [], []
     for axis, length in ((1, shape[0]), (0, shape[1])):                                      # y, then x
         low, high = (boxes[:, :, edge, None] / stride for edge in (axis, axis + 2))
         centre = torch.arange(length, device=boxes.device) + 0.5
-        places.append((centre - low) / (high - low))                    # 0 to 1 in a box, (B,parts,length)
         inside.append(((centre > low) & (centre < high)).float())
+        position = ((centre - low) / (high - low) * sizes - 0.5).clamp(min=0).minimum(sizes - 1)
+        hat = (1 - (position[..., None] - columns).abs()).clamp(min=0)
+        weights.append(hat * inside[-1][..., None])                           # (B,parts,length,largest size)
     total = 0
     for index, part in enumerate(parts):                                         # a loop, as sizes differ
-        size, weights = part.shape[-1], []
-        for place, within in zip(places, inside):
-            position = (place[:, index, :, None] * size - 0.5).clamp(0, size - 1)
-            hat = (1 - (position - torch.arange(size, device=boxes.device)).abs()).clamp(min=0)
-            weights.append((hat * within[:, index, :, None])[:, None])              # (B,1,length,size)
-        total = total + weights[0] @ part.float() @ weights[1].transpose(2, 3)
+        y, x = (weight[:, index, None, :, :part.shape[-1]] for weight in weights)
+        total = total + y @ part.float() @ x.transpose(2, 3)
     cover = (inside[0][:, :, :, None] * inside[1][:, :, None]).sum(1, keepdim=True)
     return total / cover.clamp(min=1)
 
@@ -307,7 +307,9 @@ class GenericMemory(nn.Module):
         fresh = self.extract(images, boxes)
         if places is not None:
             return renew_items(dictionary, fresh, places)
-        return forward_update(dictionary, fresh, {n: logit.sigmoid() for n, logit in self.logits.items()})
+        with torch.autocast(images.device.type, enabled=False):
+            return forward_update(dictionary, fresh,
+                                  {name: logit.sigmoid() for name, logit in self.logits.items()})
 
 
 def read_dictionary(query, keys, values, scale, allowed=None, transform=True):
@@ -317,13 +319,13 @@ def read_dictionary(query, keys, values, scale, allowed=None, transform=True):
     items a face may read, all if None → F̃ (B,C,n,n), weights (B,M). A face that may read none gets zeros.
     Without `transform` the weights are 1 for the highest score and 0 for the rest.
     """
-    score = query.flatten(1).float() @ keys.flatten(1).float().T / scale
+    score = query.flatten(1) @ keys.flatten(1).T / scale
     if allowed is not None:
         score = score.masked_fill(~allowed, torch.finfo(score.dtype).min)
     weights = score.softmax(1) if transform else F.one_hot(score.argmax(1), len(keys)).to(score)
     if allowed is not None:
         weights = weights * allowed
-    return (weights @ values.flatten(1).float()).view(len(query), *values.shape[1:]), weights
+    return (weights @ values.flatten(1)).view(len(query), *values.shape[1:]), weights
 
 
 class IdentityScore(nn.Module):
@@ -499,7 +501,11 @@ class DMDNet(nn.Module):
         for stage, scale in zip(self.stages, (3, 2, 1)):                          # from coarse to fine
             skip, name = features[scale - 1], f"scale{scale}"
             if name in self.transforms and (generic or specific):
-                skip, self.readings[name] = self.transforms[name](skip, boxes, generic, specific, allowed)
+                # Scores want float32, and bfloat16 would gain nothing on maps as small as these: it would
+                # cast every item of a dictionary at every call.
+                with torch.autocast(skip.device.type, enabled=False):
+                    skip, self.readings[name] = self.transforms[name](
+                        skip, boxes, generic, specific, allowed)
             x = stage(x, skip)
         image = self.paint(x).float()
         return degraded + image if self.cfg.residual else torch.tanh(image)
@@ -552,8 +558,9 @@ def style_loss(features, target_features):
     over all positions, as printed: the loss grows with the area and the fourth power of the features.
     """
     def gram(maps):
-        flat = maps.float().flatten(2)
-        return flat @ flat.transpose(1, 2)
+        with torch.autocast(maps.device.type, enabled=False):     # small differences of large sums follow
+            flat = maps.float().flatten(2)
+            return flat @ flat.transpose(1, 2)
 
     return sum((gram(a) - gram(b)).square().sum((1, 2)).mean() / a[0].numel()
                for a, b in zip(features, target_features))
@@ -785,7 +792,7 @@ def train(cfg, args):
                 schedule.step(reconstruction)
                 optimizer_d.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
                 rows[-1] |= {"stage": stage, "validation": reconstruction, "validation_psnr": quality,
-                             "rate": optimizer.param_groups[0]["lr"]}
+                             "rate": rates[0] * left}
                 if rank == 0:
                     progress.line(f"step {step}: validation reconstruction {reconstruction:.3f}, "
                                   f"PSNR {quality:.2f} dB")
@@ -979,6 +986,13 @@ def evaluate(net, faces, indices, cfg, device, precision="auto"):
     return table
 
 
+def for_restoration(net, device, precision="auto"):
+    """The network made ready to restore with, once; it cannot be trained any more: see common.for_inference.
+    A stored dictionary is of the extractor's own weights, whatever the precision: those stay as they are,
+    and so do those of the transforms, which work in float32."""
+    return common.for_inference(net, device, precision, exact=("extract_specific", "transforms"))
+
+
 def benchmark(net, cfg, args, device):
     """Time restore() on --batch faces of noise (what a picture shows does not change the speed) with the
     generic dictionary, then also with a person's stored one of eight references, and making that one."""
@@ -1154,8 +1168,7 @@ def main(argv=None):
         net, cfg = load_official(args.weights), RELEASED
     else:
         net, cfg = load_network(args, device)
-    # A stored dictionary is of the extractor's own weights, whatever the precision: those stay as they are.
-    net = common.for_inference(net, device, args.precision, exact=("extract_specific",))
+    net = for_restoration(net, device, args.precision)
     if args.benchmark:
         benchmark(net, cfg, args, device)
         return 0
@@ -1235,9 +1248,8 @@ def cut_components(features, boxes, stride, sizes):
 def adain(reading, part):
     """(F̃ − μ(F̃)) / σ(F̃) · σ(F^d) + μ(F^d), over the positions of each channel; (B,C,n,n)."""
     (deviation, mean), (own_deviation, own_mean) = (
-        ((x.var((2, 3), keepdim=True) + 1e-5).sqrt(), x.mean((2, 3), keepdim=True))
-        for x in (reading.float(), part.float()))
-    return (reading.float() - mean) / deviation * own_deviation + own_mean
+        ((x.var((2, 3), keepdim=True) + 1e-5).sqrt(), x.mean((2, 3), keepdim=True)) for x in (reading, part))
+    return (reading - mean) / deviation * own_deviation + own_mean
 
 
 class ReleasedTransform(DictionaryTransform):

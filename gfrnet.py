@@ -460,9 +460,9 @@ def train(cfg, args):
                     losses |= flow_loss(flow, landmarks, guide_landmarks, cfg)
             optimizer.zero_grad(set_to_none=True)
             sum(losses.values()).backward()                                     # Eq. (12)
-            group, left = (optimizer.param_groups[0],
-                           (cfg.steps - step + 1) / max(cfg.cooldown * cfg.steps, 1))
-            rate, group["lr"] = group["lr"], group["lr"] * min(left, 1)
+            group = optimizer.param_groups[0]
+            left = min((cfg.steps - step + 1) / max(cfg.cooldown * cfg.steps, 1), 1)
+            rate, group["lr"] = group["lr"], group["lr"] * left
             optimizer.step()
             group["lr"] = rate
             if not alone:
@@ -492,7 +492,7 @@ def train(cfg, args):
                     schedule.step(reconstruction)
                 optimizer_d.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
                 rows[-1] |= {"validation": reconstruction, "validation_psnr": quality,
-                             "landmark_error": gap, "rate": optimizer.param_groups[0]["lr"]}
+                             "landmark_error": gap, "rate": rate * left}
                 if rank == 0:
                     progress.line(f"step {step}: validation reconstruction {reconstruction:.3f}, "
                                   f"PSNR {quality:.2f} dB"

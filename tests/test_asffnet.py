@@ -922,7 +922,8 @@ def test_style_loss_ignores_where_things_are_and_keeps_its_precision():
     assert asffnet.style_loss(ours, shuffled).item() < 1e-6 < asffnet.perceptual_loss(ours, shuffled)
     half = [a.bfloat16() for a in ours], [a.bfloat16() for a in four_maps(1)]
     exact = asffnet.style_loss(*([a.float() for a in maps] for maps in half))
-    assert asffnet.style_loss(*half).item() == pytest.approx(exact.item(), rel=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert asffnet.style_loss(*half).item() == pytest.approx(exact.item(), rel=1e-5)
 
 
 def test_discriminator_loss_is_the_negative_of_equation_14():
@@ -1552,9 +1553,9 @@ def test_the_rate_halves_when_the_validation_loss_stops_falling_and_cools_down(
     asffnet.train(cfg, arguments(face_folder, tmp_path))
     after = [1, 1, 1 / 2, 1 / 4, 1 / 4, 1 / 8, 1 / 16, 1 / 32]
     rows = common.load_weights(tmp_path / "checkpoint.pt")["rows"]
-    assert [row["rate"] / cfg.learning_rate for row in rows] == after
     cooled = [1, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4]  # to 0 in the last half of the steps
     used = [a * b for a, b in zip([1, *after], cooled, strict=False)]
+    assert [row["rate"] / cfg.learning_rate for row in rows] == pytest.approx(used)
     assert WatchedAdam.made[0].rates == pytest.approx([cfg.learning_rate * rate for rate in used])
     assert [len(adam.seen) for adam in WatchedAdam.made] == [8, 8, 2]
     assert WatchedAdam.made[2].rates == [cfg.weights_rate] * 2

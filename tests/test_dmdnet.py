@@ -276,7 +276,7 @@ def test_the_generic_memory_renews_at_places_and_else_updates_with_gammas_in_0_1
     memory, (images, boxes) = dmdnet.GenericMemory(TINY), some_faces(2)
     names = {f"scale{s}_{part}" for s in (1, 2, 3) for part in dmdnet.PARTS}
     assert set(memory.logits) == names
-    draw = generator(7)
+    draw, seen = generator(7), []
     with torch.no_grad():
         for logit in memory.logits.values():
             logit.copy_(3 * torch.randn(2, generator=draw))
@@ -285,6 +285,10 @@ def test_the_generic_memory_renews_at_places_and_else_updates_with_gammas_in_0_1
         assert same(memory(old, images, boxes, places), dmdnet.renew_items(old, fresh, places))
         gammas = {name: 1 / (1 + torch.exp(-logit)) for name, logit in memory.logits.items()}
         close(memory(old, images, boxes), forward_by_loop(old, fresh, gammas))
+        memory.extract.register_forward_hook(lambda *call: seen.append(call[2]))
+        with torch.autocast("cpu", torch.bfloat16):
+            updated = memory(old, images, boxes)
+        close(updated, forward_by_loop(old, seen.pop(), gammas))  # in float32 all the same
         for logit in memory.logits.values():
             logit.fill_(-40.0)  # γ = 0: the faces themselves
         updated = memory(old, images, boxes)
@@ -490,6 +494,8 @@ def test_style_loss_is_equation_14():
                               for i in range(a.shape[2]) for j in range(a.shape[3]))
                     expected += gap**2 / a[n].numel() / 3
     assert dmdnet.style_loss(ours, theirs).item() == pytest.approx(expected, rel=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dmdnet.style_loss(ours, theirs).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_discriminator_loss_is_the_negative_of_equation_15():
@@ -653,6 +659,21 @@ def test_references_as_a_block_as_a_list_and_as_a_stored_dictionary_give_the_sam
     torch.testing.assert_close(both, net(images, boxes, *twice), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(both[0], flat[0], rtol=1e-3, atol=1e-4)
     assert (both[1] - flat[1]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_dictionaries_are_read_in_float32_whatever_the_precision_around():
+    net, (images, boxes), seen = network(), some_faces(2), []
+    for block in net.transforms.values():
+        block.register_forward_hook(lambda *call: seen.append(call))
+    with torch.autocast("cpu", torch.bfloat16):
+        net(images, boxes, *references_of((3, 2)))
+    assert len(seen) == 3
+    for block, (features, *others), (_, readings) in seen:
+        assert features.dtype == torch.bfloat16
+        for part, expected in block.forward(features, *others)[1].items():
+            assert set(expected) == {"generic", "specific", "identity"}
+            assert all(torch.equal(readings[part][kind], value) for kind, value in expected.items())
 
 
 @torch.no_grad()
@@ -1253,9 +1274,9 @@ def test_the_rate_halves_when_the_validation_loss_stops_falling_and_cools_down(
     dmdnet.train(cfg, arguments(face_folder, tmp_path))
     after = [1, 1, 1 / 2, 1 / 4, 1 / 4, 1 / 8, 1 / 16, 1 / 32]
     rows = common.load_weights(tmp_path / "checkpoint.pt")["rows"]
-    assert [row["rate"] / cfg.learning_rate for row in rows] == after
     cooled = [1, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4]  # to 0 in the last half of the steps
     used = [a * b for a, b in zip([1, *after], cooled, strict=False)]
+    assert [row["rate"] / cfg.learning_rate for row in rows] == pytest.approx(used)
     for group, rate in ((0, cfg.learning_rate), (1, 7e-5)):
         assert [seen[group].rate for seen in WatchedAdam.made[0].seen] == pytest.approx(
             [rate * part for part in used])

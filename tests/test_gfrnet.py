@@ -1471,7 +1471,7 @@ def test_the_rates_are_a_tenth_and_a_hundredth_once_validation_stops_falling(
     )
     gfrnet.train(cfg, arguments(face_folder, tmp_path))
     rates = [row["rate"] for row in common.load_weights(tmp_path / "checkpoint.pt")["rows"]]
-    assert rates == pytest.approx([2e-4] * 5 + [2e-5] * 3 + [2e-6] * 3)
+    assert rates == pytest.approx([2e-4] * 6 + [2e-5] * 3 + [2e-6] * 2)
     generator, discriminators = WatchedAdam.made
     assert generator.rates == pytest.approx([2e-4] * 6 + [2e-5] * 3 + [2e-6] * 2)
     assert discriminators.rates == pytest.approx(generator.rates[3:])

@@ -154,10 +154,9 @@ def outputs(script, net, device="cpu", precision="float32", batch=1):
 
 def made_ready(script, net, device, precision):
     """The network as --restore uses it."""
-    if script in ("dfdnet", "restoreformer"):
+    if script in ("dfdnet", "dmdnet", "restoreformer"):
         return SCRIPTS[script].for_restoration(net, torch.device(device), precision)
-    exact = ("extract_specific",) if script == "dmdnet" else ()
-    return common.for_inference(net, torch.device(device), precision, exact)
+    return common.for_inference(net, torch.device(device), precision)
 
 
 def at_some_places(image):
