@@ -937,7 +937,9 @@ def test_a_stored_dictionary_comes_back_for_the_network_that_made_it_and_no_othe
     specific = dmdnet.specific_dictionary(net, some_images(3), some_landmarks(3))
     dmdnet.save_dictionary(path, net, specific, ["a.png", tmp_path / "b.png", "c.png"])
     assert "3 references" in capsys.readouterr().out
-    assert same(dmdnet.load_dictionary(path, network(), CPU), specific)
+    for precision in ("float32", "bfloat16"):
+        ready = dmdnet.for_restoration(network(), CPU, precision)
+        assert same(dmdnet.load_dictionary(path, ready, CPU), specific)
     assert common.load_weights(path)["names"] == ["a.png", str(tmp_path / "b.png"), "c.png"]
     other = network()
     with torch.no_grad():
