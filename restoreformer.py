@@ -96,7 +96,7 @@ class Config:
     cooldown: float = 0.6                    # last part of the steps: the rate falls to 0; none in the paper
     crop: float = 0.05                       # largest random change of scale and place, parts of the size
     jitter: float = 0.1                      # of brightness and contrast
-    dictionary_steps: int = 480              # of the first stage
+    dictionary_steps: int = 860              # of the first stage
     steps: int = 820                         # of the second stage
     batch: int = 4                           # faces a process and step
     validate_every: int = 200                # steps; also when a checkpoint is written
