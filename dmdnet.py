@@ -154,19 +154,21 @@ def paste_components(parts, boxes, stride, shape):
     Bilinear resampling is separable, so a part becomes Y · part · Xᵀ with two small matrices, zero outside
     the box. Where boxes overlap, the mean is taken.
     """
-    sizes = torch.tensor([[part.shape[-1]] for part in parts], device=boxes.device)             # (parts,1)
-    columns = torch.arange(max(part.shape[-1] for part in parts), device=boxes.device)
+    sides = [part.shape[-1] for part in parts]
+    sizes = torch.tensor(sides, device=boxes.device)[:, None]                                   # (parts,1)
+    columns = torch.arange(max(sides), device=boxes.device)
     weights, inside = [], []
     for axis, length in ((1, shape[0]), (0, shape[1])):                                      # y, then x
         low, high = (boxes[:, :, edge, None] / stride for edge in (axis, axis + 2))
         centre = torch.arange(length, device=boxes.device) + 0.5
         inside.append(((centre > low) & (centre < high)).float())
+        # Which of a part's positions, 0 to size - 1, each of the map's takes: (B,parts,length).
         position = ((centre - low) / (high - low) * sizes - 0.5).clamp(min=0).minimum(sizes - 1)
         hat = (1 - (position[..., None] - columns).abs()).clamp(min=0)
-        weights.append(hat * inside[-1][..., None])                           # (B,parts,length,largest size)
+        weights.append(hat * inside[-1][..., None])                           # (B,parts,length,largest side)
     total = 0
-    for index, part in enumerate(parts):                                         # a loop, as sizes differ
-        y, x = (weight[:, index, None, :, :part.shape[-1]] for weight in weights)
+    for index, (part, side) in enumerate(zip(parts, sides)):                     # a loop, as sizes differ
+        y, x = (weight[:, index, None, :, :side] for weight in weights)
         total = total + y @ part.float() @ x.transpose(2, 3)
     cover = (inside[0][:, :, :, None] * inside[1][:, :, None]).sum(1, keepdim=True)
     return total / cover.clamp(min=1)
