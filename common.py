@@ -1,18 +1,23 @@
-"""What the five method scripts share: images, degradation, landmarks, faces, metrics and the files of a run.
+"""What the five scripts share: images, degradation, landmarks, metrics, faces, runs.
 
-Nothing here knows any method; what differs between the papers (degradation ranges) is data. Chapters:
+Nothing here knows any method; what differs between the papers (degradation ranges) is
+data. Chapters:
 
-1. Images        read_image, write_image, comparison_grid, show
-2. Degradation   Degradation, DEGRADATIONS, degrade: I^d = ((I ⊗ k) ↓s + n)_JPEG ↑s
-3. Landmarks     68 points: reading, aligning, pasting back, component boxes, masks, heat-maps, detection
-4. Faces         RenderedFaces (made in code, nothing to download), FaceFolder (yours), split_identities
-5. Metrics       psnr, ssim, LPIPS, FID, Recogniser, recogniser, identity_distance, paired_gain
-6. Download      download, checked and resumed; read_published, load_named: weights that authors released
-7. Runs          device, precision, random streams, checkpoints, logs, progress, restoring files
+1. Images             read_image, write_image, comparison_grid, show
+2. Degradation        Degradation, DEGRADATIONS, degrade: I^d = ((I ⊗ k) ↓s + n)_JPEG ↑s
+3. Landmarks          68 points: reading, aligning, pasting back, boxes, masks, detection
+4. Metrics            psnr, ssim, detail, identity_distance, LPIPS, FID, paired_gain
+5. Faces              FaceFolder (yours), split_identities, augment
+6. Recognition        Recogniser, recogniser, VGG, ArcFace: features that losses compare
+7. Published weights  read_published, load_named: weights that authors released
+8. Runs               device, processes, checkpoints, command line, Run, measure, report
+9. Rendered faces     RenderedFaces: people made in code, nothing to download
 
-Images are float32 tensors, RGB in [-1,1], (3,H,W) or (B,3,H,W). Landmarks are x,y in pixels; (0,0) is the
-centre of the top-left pixel. Everything random takes a seed or a generator and repeats exactly.
+Images are float32 tensors, RGB in [-1,1], (3,H,W) or (B,3,H,W). Landmarks are x,y in
+pixels; (0,0) is the centre of the top-left pixel. Everything random takes a seed or a
+generator and repeats exactly.
 """
+import argparse
 import contextlib
 import copy
 import csv
@@ -30,7 +35,8 @@ import time
 import urllib.parse
 import uuid
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -45,112 +51,120 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = [                   # the public names: few, and a test lists them, so that a rename is a decision
-    "CACHE", "COMPONENTS", "DEGRADATIONS", "Degradation", "FFHQ_TEMPLATE", "FID", "Face", "FaceFolder",
-    "IMAGE_SUFFIXES", "INNER_LIP", "InputError", "JAW", "LEFT_BROW", "LEFT_EYE", "LPIPS", "NOSE_BASE",
-    "NOSE_BRIDGE", "OUTER_LIP", "Progress", "RIGHT_BROW", "RIGHT_EYE", "Range", "Recogniser",
-    "RenderedFaces", "VGG", "align_face", "angular_margin_loss", "augment", "autocast", "benchmark", "blur",
-    "channels_last", "choose_device", "comparison_grid", "component_boxes", "degrade", "detect_landmarks",
-    "download", "draw_landmarks", "face_matrix", "find_landmarks", "five_points", "fold", "for_inference",
-    "frechet_distance", "gaussian_matrix", "identity_distance", "invert_matrix", "jpeg",
-    "landmark_heatmaps", "landmark_mask", "load_checkpoint", "load_named", "load_published", "load_vgg",
-    "load_weights", "mean_landmarks", "mirror", "motion_kernels", "paired_gain", "paste_face", "precision",
-    "print_table", "process_group", "psnr", "read_image", "read_landmarks", "read_published",
-    "read_references", "recogniser", "replacing", "restore_files", "run_script", "save_checkpoint",
-    "seeded", "show", "similarity", "split_identities", "spread", "ssim", "stack_faces", "stack_person",
-    "to_uint8", "transform_points", "verification_accuracy", "warp_affine", "write_image", "write_json",
-    "write_landmarks", "write_log"]
-
 CACHE = Path(os.environ.get("FACE_RESTORATION_CACHE", "~/.cache/face-restoration")).expanduser()
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
+_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
 
 
 class InputError(Exception):
     """Something the user gave cannot be used: one line, what is wrong and what to do. Exit status 2."""
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 1. Images
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 def read_image(path):
     """Read any picture Pillow opens → (3,H,W) RGB in [-1,1].
 
-    Greyscale and palette become RGB, transparency is laid over white, 16 bits keep their depth, CMYK is
-    converted, the camera's EXIF rotation is applied. InputError for what is no picture, is damaged, tiny
-    (under 16 pixels) or larger than Pillow's safety limit (89 megapixels).
+    Greyscale and palette become RGB. Transparency is laid over white. 16 bits keep their
+    depth. CMYK is converted. The camera's EXIF rotation is applied. InputError for what
+    is no picture, is damaged, under 16 pixels wide or above 89 megapixels.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 if min(file.size) < 16:
-                    raise InputError(f"{path}: {file.width}×{file.height} pixels is too small; "
-                                     "at least 16×16 is needed")
+                    raise InputError(f"{path}: {file.width}×{file.height} pixels is too "
+                                     "small; at least 16×16 is needed")
                 file.load()
                 picture = ImageOps.exif_transpose(file)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise InputError(f"{path}: more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels; "
+        limit = Image.MAX_IMAGE_PIXELS / 1e6
+        raise InputError(f"{path}: more than {limit:.0f} megapixels; "
                          "shrink it or cut the face out first") from None
     except (OSError, SyntaxError, ValueError) as error:
         reason = str(error).split(" '")[0].split(" <")[0]
-        raise InputError(f"{path}: not a readable picture ({reason}); replace or remove it") from None
+        raise InputError(f"{path}: not a readable picture ({reason}); "
+                         "replace or remove it") from None
+
     if picture.mode.startswith("I"):
-        pixels = np.asarray(picture, np.float32)[..., None].repeat(3, 2) / 65535
+        grey = np.asarray(picture, np.float32) / 65535
+        pixels = grey[..., None].repeat(3, 2)
     else:
         if "A" in picture.getbands() or "transparency" in picture.info:
             picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture)
         pixels = np.asarray(picture.convert("RGB"), np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous() * 2 - 1
 
 
 def write_image(path, image):
-    """Write (3,H,W) in [-1,1] as 8 bits, rounded; the suffix names the format; renamed into place."""
-    with replacing(path) as temporary:
+    """Write (3,H,W) in [-1,1] with 8 bits, rounded. The suffix names the format."""
+    with _replacing(path) as temporary:
         try:
-            Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy()).save(temporary, quality=95)
+            _to_picture(image).save(temporary, quality=95)
         except ValueError:
-            raise InputError(f"{path}: an unknown kind of picture; name it .png or .jpg") from None
+            raise InputError(f"{path}: an unknown kind of picture; "
+                             "name it .png or .jpg") from None
 
 
 def to_uint8(image):
     """[-1,1] → 0 … 255, rounded and clamped, uint8."""
-    return ((image.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    levels = (image.detach().float() + 1) * 127.5
+    return levels.round().clamp(0, 255).to(torch.uint8)
 
 
-def comparison_grid(columns):
-    """{title: (B,3,H,W)} → picture (3,H',W'): a row a sample, a titled column an entry. All in [-1,1]."""
-    height, width = next(iter(columns.values())).shape[-2:]
-    gap, head = max(width // 64, 1), max(height // 6, 16)
-    strips = [torch.cat([F.pad(image.detach().float().cpu(), (0, gap, 0, gap), value=1)
-                         for image in images], 1) for images in columns.values()]
-    grid = F.pad(torch.cat(strips, 2), (gap, 0, head, 0), value=1)
-    picture = Image.fromarray(to_uint8(grid).permute(1, 2, 0).numpy())
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=head * 0.62)
-    for index, title in enumerate(columns):
-        draw.text((gap + (index + 0.5) * (width + gap), head / 2), title, fill="black", font=font,
-                  anchor="mm")
+def _to_picture(image):
+    """(3,H,W) in [-1,1] → a Pillow picture."""
+    return Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
+
+
+def _from_picture(picture):
+    """A Pillow picture, RGB → (3,H,W) in [-1,1]."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def show(pictures, titles=(), columns=None, width=1.4):
-    """Draw pictures (3,H,W) in [-1,1], or maps (H,W) or (1,H,W) in colours, in rows, `width` inches each.
+def comparison_grid(columns):
+    """{title: (B,3,H,W)} → picture (3,H',W'): a row a sample, a column an entry."""
+    height, width = next(iter(columns.values())).shape[-2:]
+    gap = max(width // 64, 1)
+    head = max(height // 6, 16)
+    strips = []
+    for images in columns.values():
+        framed = F.pad(images.detach().float().cpu(), (0, gap, 0, gap), value=1)
+        strips.append(torch.cat(list(framed), 1))
+    grid = F.pad(torch.cat(strips, 2), (gap, 0, head, 0), value=1)
+    picture = _to_picture(grid)
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=head * 0.62)
+    for index, title in enumerate(columns):
+        middle = gap + (index + 0.5) * (width + gap)
+        draw.text((middle, head / 2), title, fill="black", font=font, anchor="mm")
+    return _from_picture(picture)
 
-    A map's colours span its own range (blue low, yellow high). For notebooks: it appears below the cell.
+
+def show(pictures, titles=(), columns=None, width=1.4):
+    """Draw pictures below a notebook's cell, in rows, each `width` inches wide.
+
+    A picture is (3,H,W) in [-1,1]. A map, (H,W) or (1,H,W), is drawn in colours that span
+    its own range: blue is low, yellow is high.
     """
     from matplotlib import pyplot
     pictures = [torch.as_tensor(picture).detach().float().cpu() for picture in pictures]
     columns = min(columns or 8, len(pictures))
-    lines, (height, wide) = math.ceil(len(pictures) / columns), pictures[0].shape[-2:]
-    _, axes = pyplot.subplots(lines, columns, squeeze=False, layout="constrained", dpi=100, figsize=(
-        width * columns, (width * height / wide + (0.25 if titles else 0)) * lines))
+    rows = math.ceil(len(pictures) / columns)
+    high, wide = pictures[0].shape[-2:]
+    height = width * high / wide + (0.25 if titles else 0)
+    _, axes = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows),
+                              squeeze=False, layout="constrained", dpi=100)
     for axis in axes.flat:
         axis.axis("off")
     for axis, picture in zip(axes.flat, pictures):
-        if len(picture) == 3 and picture.ndim == 3:
+        if picture.ndim == 3 and len(picture) == 3:
             axis.imshow(to_uint8(picture).permute(1, 2, 0).numpy())
         else:
             axis.imshow(picture.reshape(picture.shape[-2:]).numpy(), cmap="viridis")
@@ -159,12 +173,15 @@ def show(pictures, titles=(), columns=None, width=1.4):
     pyplot.show()
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 2. Degradation
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 class Range(NamedTuple):
-    """low, low + step, … high (continuous where step is 0); `or_zero` adds one more element: 0, "none"."""
+    """low, low + step, … high; every number between where step is 0.
+
+    `or_zero` adds one more element: 0, which stands for "none".
+    """
     low: float
     high: float
     step: float = 0.0
@@ -173,7 +190,8 @@ class Range(NamedTuple):
     def draw(self, count, generator=None):
         """`count` independent uniform draws, float32 (count,)."""
         if not self.step:
-            return self.low + (self.high - self.low) * torch.rand(count, generator=generator)
+            share = torch.rand(count, generator=generator)
+            return self.low + (self.high - self.low) * share
         elements = round((self.high - self.low) / self.step) + 1
         index = torch.randint(elements + self.or_zero, (count,), generator=generator)
         return torch.where(index == elements, 0.0, self.low + index * self.step)
@@ -181,50 +199,61 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class Degradation:
-    """The ranges of one paper's degradation model ((I ⊗ k) ↓s + n)_JPEG ↑s."""
-    blur: Range               # ϱ, standard deviation of the Gaussian kernel, pixels of the target
+    """The ranges of one paper's degradation model I^d = ((I ⊗ k) ↓s + n)_JPEG ↑s."""
+    blur: Range               # ϱ, standard deviation of the Gaussian kernel, in pixels
     scale: Range              # s, down-sampling factor
-    noise: Range              # σ, standard deviation of white noise on the small image, of 255
+    noise: Range              # σ, standard deviation of the noise, of 255
     quality: Range            # q, JPEG quality; 0 is no compression
-    motion: bool = False      # half of the images get one of 32 camera-shake kernels in the Gaussian's place
+    motion: bool = False      # half of the images get a camera shake, not a Gaussian
     mode: str = "bicubic"     # resampling, down (anti-aliased) and up
 
 
 DEGRADATIONS = {
-    "gfrnet": Degradation(Range(1, 3, 0.1, or_zero=True), Range(1, 8, 0.1), Range(0, 7, 1),
-                          Range(10, 40, 1, or_zero=True)),
-    "asffnet": Degradation(Range(1, 3, 0.1), Range(1, 8, 0.1), Range(0, 15, 1), Range(10, 60, 1),
-                           motion=True),
-    "dfdnet": Degradation(Range(1, 5, 0.1), Range(1, 8, 0.1), Range(0, 15, 1), Range(40, 80, 1),
-                          motion=True),
-    "dmdnet": Degradation(Range(1, 3, 0.1), Range(1, 10, 0.1), Range(0, 15, 1), Range(50, 100, 1)),
-    "restoreformer": Degradation(Range(0.2, 10), Range(1, 8), Range(0, 20), Range(60, 100), mode="bilinear"),
+    "gfrnet": Degradation(
+        blur=Range(1, 3, 0.1, or_zero=True), scale=Range(1, 8, 0.1), noise=Range(0, 7, 1),
+        quality=Range(10, 40, 1, or_zero=True)),
+    "asffnet": Degradation(
+        blur=Range(1, 3, 0.1), scale=Range(1, 8, 0.1), noise=Range(0, 15, 1),
+        quality=Range(10, 60, 1), motion=True),
+    "dfdnet": Degradation(
+        blur=Range(1, 5, 0.1), scale=Range(1, 8, 0.1), noise=Range(0, 15, 1),
+        quality=Range(40, 80, 1), motion=True),
+    "dmdnet": Degradation(
+        blur=Range(1, 3, 0.1), scale=Range(1, 10, 0.1), noise=Range(0, 15, 1),
+        quality=Range(50, 100, 1)),
+    "restoreformer": Degradation(
+        blur=Range(0.2, 10), scale=Range(1, 8), noise=Range(0, 20),
+        quality=Range(60, 100), mode="bilinear"),
 }
-KERNEL_RADIUS = 30            # pixels: 3 ϱ of the widest Gaussian, so that no paper's kernel is cut off
+_RADIUS = 30                  # pixels: 3 ϱ of the widest Gaussian
 
 
 def gaussian_matrix(sigma, length, device="cpu"):
-    """Blur along one axis as a matrix (length,length): rows are Gaussians of `sigma` pixels and sum 1,
-    mirrored at the ends."""
+    """Blur along one axis as a matrix (length,length).
+
+    A row is a Gaussian of `sigma` pixels whose sum is 1, mirrored at the ends.
+    """
     if not sigma:
         return torch.eye(length, device=device)
-    taps = torch.arange(-KERNEL_RADIUS, KERNEL_RADIUS + 1, device=device)
-    line = torch.exp(-taps**2 / (2 * sigma**2))
+    taps = torch.arange(-_RADIUS, _RADIUS + 1, device=device)
+    weights = torch.exp(-taps**2 / (2 * sigma**2))
+    weights = (weights / weights.sum()).expand(length, -1)
     reached = (torch.arange(length, device=device)[:, None] + taps).abs()
     reached = (length - 1) - ((length - 1) - reached).abs()
-    return torch.zeros(length, length, device=device).scatter_add_(
-        1, reached, (line / line.sum()).expand(length, -1))
+    return torch.zeros(length, length, device=device).scatter_add_(1, reached, weights)
 
 
 @functools.lru_cache
 def motion_kernels(count=32, seed=0):
-    """Camera-shake kernels after Boracchi & Foi (2012) → (count,61,61), each of sum 1, centred on its mass.
+    """Camera-shake kernels after Boracchi & Foi (2012) → (count,61,61), each of sum 1.
 
-    A camera that is pulled back to rest while it trembles: its velocity keeps part of itself (inertia), is
-    pulled to the origin (the hand's correction), is pushed at random (tremor), and is at times thrown about
-    (a jerk). The time the shutter sees each pixel is the kernel. Trajectories span 5 to 25 pixels.
+    The camera keeps part of its velocity (inertia), is pulled back to the origin (the
+    hand's correction), is pushed at random (tremor), and at times is thrown about (a
+    jerk). The time that the shutter sees a pixel is the kernel. A trajectory spans 5 to
+    25 pixels and is centred on its mass.
     """
-    steps, generator = 400, torch.Generator().manual_seed(seed)
+    steps = 400
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
@@ -233,12 +262,15 @@ def motion_kernels(count=32, seed=0):
         return low + (high - low) * torch.rand(count, 1, generator=generator)
 
     velocity = F.normalize(normal(count, 2), dim=1)
-    tremor, pull, jerk, keep = (uniform(0.05, 0.35), uniform(0.0, 0.006), uniform(0.0, 0.01),
-                                uniform(0.93, 1.0))
-    position, path = torch.zeros(count, 2), []
+    tremor = uniform(0.05, 0.35)
+    pull = uniform(0.0, 0.006)
+    jerk = uniform(0.0, 0.01)
+    inertia = uniform(0.93, 1.0)
+    position = torch.zeros(count, 2)
+    path = []
     for _ in range(steps):
         jerked = (torch.rand(count, 1, generator=generator) < jerk) * 2.0
-        velocity = (keep * velocity + tremor * normal(count, 2) - pull * position
+        velocity = (inertia * velocity + tremor * normal(count, 2) - pull * position
                     + jerked * (normal(count, 2) - velocity))
         velocity = F.normalize(velocity, dim=1)
         position = position + velocity
@@ -246,127 +278,159 @@ def motion_kernels(count=32, seed=0):
     path = torch.stack(path, 1)
     span = (path.amax(1) - path.amin(1)).amax(1)[:, None, None]
     path = path * uniform(5, 25)[..., None] / span
-    path = (path - path.mean(1, keepdim=True)).clamp(1 - KERNEL_RADIUS, KERNEL_RADIUS - 1) + KERNEL_RADIUS
-    kernels, width = torch.zeros(count, (2 * KERNEL_RADIUS + 1) ** 2), 2 * KERNEL_RADIUS + 1
-    corner, part = path.floor().long(), path.frac()
+    path = path - path.mean(1, keepdim=True)
+    path = path.clamp(1 - _RADIUS, _RADIUS - 1) + _RADIUS
+
+    # A point between four pixels gives each its bilinear share.
+    width = 2 * _RADIUS + 1
+    kernels = torch.zeros(count, width * width)
+    corner = path.floor().long()
+    part = path.frac()
     for dx in (0, 1):
         for dy in (0, 1):
-            weight = (part[..., 0] if dx else 1 - part[..., 0]) * (part[..., 1] if dy else 1 - part[..., 1])
-            kernels.scatter_add_(1, (corner[..., 1] + dy) * width + corner[..., 0] + dx, weight / steps)
+            share_x = part[..., 0] if dx else 1 - part[..., 0]
+            share_y = part[..., 1] if dy else 1 - part[..., 1]
+            place = (corner[..., 1] + dy) * width + corner[..., 0] + dx
+            kernels.scatter_add_(1, place, share_x * share_y / steps)
     return kernels.view(count, width, width)
 
 
 def blur(image, kernel):
-    """I ⊗ k: image (…,H,W) convolved with any kernel (61,61), mirrored at the border; in the frequency
-    domain, where a wide kernel costs no more than a small one. H, W > 30."""
+    """I ⊗ k: image (…,H,W), any kernel (61,61), mirrored at the border. H, W > 30.
+
+    In the frequency domain a wide kernel costs no more than a small one.
+    """
     height, width = image.shape[-2:]
-    padded = F.pad(image, (KERNEL_RADIUS,) * 4, mode="reflect")
-    shape = [math.ceil(length / 64) * 64 for length in padded.shape[-2:]]    # lengths a fast transform likes
+    padded = F.pad(image, (_RADIUS,) * 4, mode="reflect")
+    shape = [math.ceil(length / 64) * 64 for length in padded.shape[-2:]]   # fast lengths
     spectrum = torch.fft.rfft2(padded, s=shape) * torch.fft.rfft2(kernel, s=shape)
-    start = 2 * KERNEL_RADIUS
-    return torch.fft.irfft2(spectrum, s=shape)[..., start:start + height, start:start + width]
+    start = 2 * _RADIUS
+    blurred = torch.fft.irfft2(spectrum, s=shape)
+    return blurred[..., start:start + height, start:start + width]
 
 
 def jpeg(image, quality):
-    """(3,H,W) uint8 → the same after JPEG compression at `quality` 1 … 100, on the CPU."""
+    """(3,H,W) uint8 → the same after JPEG at `quality` 1 … 100, on the CPU."""
     buffer = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(buffer, "JPEG", quality=int(quality))
+    picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    picture.save(buffer, "JPEG", quality=int(quality))
     return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)
 
 
 def degrade(target, degradation, generator=None, scale=None):
-    """I^d = ((I ⊗ k) ↓s + n)_JPEG ↑s, every image with parameters of its own.
+    """I^d = ((I ⊗ k) ↓s + n)_JPEG ↑s, every image with parameters of its own. H, W > 30.
 
-    target (B,3,H,W) in [-1,1] → the same shape, range and device, quantised to 8 bits. `generator` (on the
-    CPU) repeats it. `scale` fixes s, as in papers' ×4 and ×8 tests; the rest is drawn. H, W > 30.
-
-    Gaussian blur and down-sampling are linear and separable: together one small matrix an axis, the blur's
-    with its rows down-sampled, far cheaper than blurring at full size. Motion blur takes the long way.
+    target (B,3,H,W) in [-1,1] → the same shape, range and device, with 8 bits.
+    `generator` (on the CPU) repeats it. `scale` fixes s, as the papers' ×4 and ×8 do.
     """
     count, _, height, width = target.shape
-    sigmas, scales = degradation.blur.draw(count, generator), degradation.scale.draw(count, generator)
-    noises, qualities = degradation.noise.draw(count, generator), degradation.quality.draw(count, generator)
+    sigmas = degradation.blur.draw(count, generator)
+    scales = degradation.scale.draw(count, generator)
+    noises = degradation.noise.draw(count, generator)
+    qualities = degradation.quality.draw(count, generator)
     shakes = torch.full((count,), -1)
     if degradation.motion:
         drawn = torch.randint(len(motion_kernels()), (count,), generator=generator)
-        shakes = torch.where(torch.rand(count, generator=generator) < 0.5, drawn, shakes)
+        shaken = torch.rand(count, generator=generator) < 0.5
+        shakes = torch.where(shaken, drawn, shakes)
     if scale is not None:
         scales = torch.full((count,), float(scale))
     device, mode = target.device, degradation.mode
-    stream = torch.Generator(device).manual_seed(torch.randint(2**62, (), generator=generator).item())
-    parameters = zip(*(drawn.tolist() for drawn in (sigmas, shakes, scales, noises, qualities)))
+    seed = torch.randint(2**62, (), generator=generator).item()
+    stream = torch.Generator(device).manual_seed(seed)
+
     degraded = []
-    for image, (sigma, shake, factor, noise, quality) in zip(target.float(), parameters):
-        h, w = max(round(height / factor), 1), max(round(width / factor), 1)
-        if shake >= 0:
-            blurred = blur(image, motion_kernels()[shake].to(device))
+    for k, image in enumerate(target.float()):
+        factor = scales[k].item()
+        h = max(round(height / factor), 1)
+        w = max(round(width / factor), 1)
+        if shakes[k] >= 0:
+            blurred = blur(image, motion_kernels()[shakes[k]].to(device))
             small = F.interpolate(blurred[None], (h, w), mode=mode, antialias=True)[0]
         else:
-            rows, columns = (F.interpolate(gaussian_matrix(sigma, long, device)[None, None], (short, long),
-                                           mode=mode, antialias=True)[0, 0]
-                             for long, short in ((height, h), (width, w)))
+            # Blur and down-sampling are linear and separable: one small matrix an axis.
+            rows = _shrinking_matrix(sigmas[k].item(), height, h, mode, device)
+            columns = _shrinking_matrix(sigmas[k].item(), width, w, mode, device)
             small = rows @ image @ columns.T
-        small = to_uint8(small + noise / 127.5 * torch.randn(small.shape, device=device, generator=stream))
-        if quality:
-            small = jpeg(small, quality).to(device)
-        degraded.append(F.interpolate(small[None], (height, width), mode=mode, antialias=True))
+        noise = torch.randn(small.shape, device=device, generator=stream)
+        small = to_uint8(small + noises[k].item() / 127.5 * noise)
+        if qualities[k] > 0:
+            small = jpeg(small, qualities[k].item()).to(device)
+        large = F.interpolate(small[None], (height, width), mode=mode, antialias=True)
+        degraded.append(large)
     return torch.cat(degraded).float() / 127.5 - 1
 
 
-# -----------------------------------------------------------------------------------------------------------
-# 3. Landmarks
-# -----------------------------------------------------------------------------------------------------------
-# The 68-point scheme. "Left" is the image's left, as in the papers' code.
+def _shrinking_matrix(sigma, length, shorter, mode, device):
+    """Gaussian blur, then down-sampling, along one axis: a matrix (shorter,length)."""
+    matrix = gaussian_matrix(sigma, length, device)[None, None]
+    shrunk = F.interpolate(matrix, (shorter, length), mode=mode, antialias=True)
+    return shrunk[0, 0]
 
-JAW, LEFT_BROW, RIGHT_BROW, NOSE_BRIDGE, NOSE_BASE = (
-    slice(0, 17), slice(17, 22), slice(22, 27), slice(27, 31), slice(31, 36))
-LEFT_EYE, RIGHT_EYE, OUTER_LIP, INNER_LIP = slice(36, 42), slice(42, 48), slice(48, 60), slice(60, 68)
+
+# --------------------------------------------------------------------------------------
+# 3. Landmarks
+# --------------------------------------------------------------------------------------
+# The 68-point scheme; 17-26 are the brows. "Left" is the image's left.
+
+JAW = slice(0, 17)
+NOSE_BRIDGE = slice(27, 31)
+NOSE_BASE = slice(31, 36)
+LEFT_EYE = slice(36, 42)
+RIGHT_EYE = slice(42, 48)
+OUTER_LIP = slice(48, 60)
+INNER_LIP = slice(60, 68)
 COMPONENTS = {                # name → the landmarks a component's box is drawn around
     "left_eye": [*range(17, 22), *range(36, 42)],
     "right_eye": [*range(22, 27), *range(42, 48)],
     "nose": [*range(29, 36)],
     "mouth": [*range(48, 68)],
 }
+
+# Eye centres, nose tip, mouth corners in FFHQ's crop of 512×512, (5,2) in pixels.
 FFHQ_TEMPLATE = torch.tensor(
-    [[192.98, 239.95], [318.90, 240.19], [256.63, 314.02], [201.26, 371.41], [313.09, 371.15]])
-# Eye centres, nose tip, mouth corners in a 512×512 crop, (5,2): alignment of FFHQ and the released networks.
-MEAN_LANDMARKS = torch.tensor([  # of rendered faces aligned to FFHQ_TEMPLATE, made symmetric; pixels at 512
-    [127, 247], [131, 309], [141, 353], [155, 382], [173, 407], [193, 432], [213, 449], [234, 462],
-    [256, 466], [277, 462], [298, 449], [318, 432], [338, 407], [356, 382], [370, 353], [380, 309],
-    [384, 247], [159, 201], [173, 194], [190, 192], [206, 194], [224, 201], [287, 201], [305, 194],
-    [321, 192], [338, 194], [352, 201], [256, 236], [256, 263], [256, 291], [256, 321], [230, 333],
-    [243, 336], [256, 341], [268, 336], [281, 333], [168, 237], [185, 231], [207, 232], [224, 242],
-    [207, 248], [186, 246], [287, 242], [304, 232], [326, 231], [343, 237], [325, 246], [304, 248],
-    [201, 369], [222, 358], [244, 353], [256, 356], [267, 353], [289, 358], [310, 369], [290, 390],
-    [268, 400], [256, 402], [243, 400], [221, 390], [207, 370], [237, 370], [256, 371], [274, 370],
-    [304, 370], [274, 381], [256, 383], [237, 381]], dtype=torch.float32)
+    [[192.98, 239.95], [318.90, 240.19], [256.63, 314.02], [201.26, 371.41],
+     [313.09, 371.15]])
 
+# The mean of rendered faces aligned to FFHQ_TEMPLATE, made symmetric; pixels at 512.
+_MEAN_LANDMARKS = torch.tensor([
+    [127, 247], [131, 309], [141, 353], [155, 382], [173, 407], [193, 432], [213, 449],
+    [234, 462], [256, 466], [277, 462], [298, 449], [318, 432], [338, 407], [356, 382],
+    [370, 353], [380, 309], [384, 247], [159, 201], [173, 194], [190, 192], [206, 194],
+    [224, 201], [287, 201], [305, 194], [321, 192], [338, 194], [352, 201], [256, 236],
+    [256, 263], [256, 291], [256, 321], [230, 333], [243, 336], [256, 341], [268, 336],
+    [281, 333], [168, 237], [185, 231], [207, 232], [224, 242], [207, 248], [186, 246],
+    [287, 242], [304, 232], [326, 231], [343, 237], [325, 246], [304, 248], [201, 369],
+    [222, 358], [244, 353], [256, 356], [267, 353], [289, 358], [310, 369], [290, 390],
+    [268, 400], [256, 402], [243, 400], [221, 390], [207, 370], [237, 370], [256, 371],
+    [274, 370], [304, 370], [274, 381], [256, 383], [237, 381]], dtype=torch.float32)
 
-MIRRORED = [*range(16, -1, -1), *range(26, 16, -1), 27, 28, 29, 30, *range(35, 30, -1),
-            45, 44, 43, 42, 47, 46, 39, 38, 37, 36, 41, 40, *range(54, 47, -1), *range(59, 54, -1),
-            *range(64, 59, -1), 67, 66, 65]
 # Where each of the 68 points is found in the mirrored face.
+_MIRRORED = [*range(16, -1, -1), *range(26, 16, -1), *range(27, 31), *range(35, 30, -1),
+             45, 44, 43, 42, 47, 46, 39, 38, 37, 36, 41, 40, *range(54, 47, -1),
+             *range(59, 54, -1), *range(64, 59, -1), 67, 66, 65]
 
 
 def mean_landmarks(size):
-    """Where the landmarks of an average FFHQ-aligned crop lie, (68,2), to stand in for an aligned crop's."""
-    return (MEAN_LANDMARKS + 0.5) * size / 512 - 0.5
+    """Landmarks (68,2) of an average FFHQ-aligned crop of size×size pixels."""
+    return (_MEAN_LANDMARKS + 0.5) * size / 512 - 0.5
 
 
 def read_landmarks(path, size=None, several=False):
-    """Read 68 lines `x y` (68 lines a face) → (68,2) float32, or (N,68,2) with `several`.
+    """Read 68 lines `x y` (68 lines a face) → (68,2), or (N,68,2) with `several`.
 
-    `size` is the picture's (height, width): a face whose middle lies outside it is an error, as is a wrong
-    count or a number that is none. InputError says which.
+    `size` is the picture's (height, width). InputError for a wrong count, for what is no
+    number, and for a face whose middle lies outside the picture.
     """
     try:
-        words = [line.replace(",", " ").split() for line in Path(path).read_text().splitlines()
-                 if line.strip()]
+        lines = Path(path).read_text().splitlines()
+        words = [line.replace(",", " ").split() for line in lines if line.strip()]
         points = torch.tensor([[float(x), float(y)] for x, y in words])
     except FileNotFoundError:
         raise InputError(f"{path}: no such landmark file") from None
     except (ValueError, UnicodeDecodeError, OSError):
-        raise InputError(f"{path}: not a landmark file; 68 lines of two numbers `x y` are needed") from None
+        raise InputError(f"{path}: not a landmark file; "
+                         "68 lines of two numbers `x y` are needed") from None
     if len(points) == 0 or len(points) % 68 or (len(points) > 68 and not several):
         raise InputError(f"{path}: {len(points)} landmarks, 68 needed; correct the file, "
                          "or pass an aligned crop with --aligned")
@@ -376,40 +440,54 @@ def read_landmarks(path, size=None, several=False):
     if (five_points(faces).var(1).sum(1) < 1).any():
         raise InputError(f"{path}: all landmarks lie in one place; correct the file")
     if size is not None:
-        middle, far = faces[:, 17:].mean(1), torch.tensor([size[1], size[0]])
-        if ((middle < 0) | (middle > far - 1)).any() or ((faces < -far) | (faces > 2 * far)).any():
-            raise InputError(f"{path}: landmarks lie outside the {size[1]}×{size[0]} picture; "
-                             "correct the file")
+        far = torch.tensor([size[1], size[0]])
+        middle = faces[:, 17:].mean(1)
+        outside = (middle < 0) | (middle > far - 1)
+        distant = (faces < -far) | (faces > 2 * far)
+        if outside.any() or distant.any():
+            raise InputError(f"{path}: landmarks lie outside the {size[1]}×{size[0]} "
+                             "picture; correct the file")
     return faces if several else faces[0]
 
 
 def write_landmarks(path, landmarks):
-    """Write (68,2) or (N,68,2) as lines `x y` with three decimals, renamed into place."""
-    with replacing(path) as temporary:
-        temporary.write_text("".join(f"{x:.3f} {y:.3f}\n" for x, y in landmarks.reshape(-1, 2).tolist()))
+    """Write (68,2) or (N,68,2) as lines `x y` with three decimals."""
+    points = landmarks.reshape(-1, 2).tolist()
+    with _replacing(path) as temporary:
+        temporary.write_text("".join(f"{x:.3f} {y:.3f}\n" for x, y in points))
 
 
-def find_landmarks(image_path, folder=None):
-    """A photo's landmark file, photo.jpg.txt or photo.txt, beside it or in a parallel `folder`, or None."""
-    image_path = Path(image_path)
-    place = image_path.parent if folder is None else Path(folder)
-    names = [place / f"{image_path.name}.txt", place / f"{image_path.stem}.txt"]
+def _find_landmarks(picture, folder=None):
+    """A photo's landmark file, photo.jpg.txt or photo.txt, or None.
+
+    It lies beside the photo, or in a parallel `folder`.
+    """
+    picture = Path(picture)
+    place = picture.parent if folder is None else Path(folder)
+    names = [f"{picture.name}.txt", f"{picture.stem}.txt"]
+    files = [place / name for name in names]
     if folder is not None:
-        names += [place / image_path.parent.name / name.name for name in names]
-    return next((name for name in names if name.is_file()), None)
+        files += [place / picture.parent.name / name for name in names]
+    return next((file for file in files if file.is_file()), None)
 
 
 def five_points(landmarks):
-    """(…,68,2) → eye centres, nose tip, mouth corners (…,5,2), in FFHQ_TEMPLATE's order."""
-    eyes = [landmarks[..., eye, :].mean(-2, keepdim=True) for eye in (LEFT_EYE, RIGHT_EYE)]
-    return torch.cat([*eyes, landmarks[..., [30, 48, 54], :]], -2)
+    """(…,68,2) → eye centres, nose tip, mouth corners (…,5,2), as in FFHQ_TEMPLATE."""
+    left = landmarks[..., LEFT_EYE, :].mean(-2, keepdim=True)
+    right = landmarks[..., RIGHT_EYE, :].mean(-2, keepdim=True)
+    return torch.cat([left, right, landmarks[..., [30, 48, 54], :]], -2)
 
 
 def similarity(source, target):
-    """Least-squares rotation, scale and shift with target ≈ M · (x, y, 1) for points (N,2) → M (2,3)."""
-    (sx, sy), (tx, ty) = (source - source.mean(0)).double().T, (target - target.mean(0)).double().T
+    """Rotation, scale and shift M (2,3) with target ≈ M · (x, y, 1), least squares.
+
+    source and target are points (N,2).
+    """
+    sx, sy = (source - source.mean(0)).double().T
+    tx, ty = (target - target.mean(0)).double().T
     norm = (sx**2 + sy**2).sum()
-    a, b = (sx * tx + sy * ty).sum() / norm, (sx * ty - sy * tx).sum() / norm
+    a = (sx * tx + sy * ty).sum() / norm
+    b = (sx * ty - sy * tx).sum() / norm
     turn = torch.stack([a, -b, b, a]).view(2, 2)
     shift = target.double().mean(0) - turn @ source.double().mean(0)
     return torch.cat([turn, shift[:, None]], 1).float()
@@ -427,809 +505,338 @@ def invert_matrix(matrix):
 
 
 def warp_affine(image, matrix, height, width, padding="zeros"):
-    """Draw image (C,H,W) on a height×width canvas, pixel p at M·p (pixel centres at integers); bilinear."""
+    """Draw image (C,H,W) on a height×width canvas, its pixel p at M·p, bilinearly.
+
+    `padding`: what lies outside the image, as in F.grid_sample.
+    """
     inverse = invert_matrix(matrix)
     shrink = max(int(torch.linalg.det(inverse[:, :2]).abs().sqrt().item()), 1)
-    if shrink > 1:                       # bilinear sampling would skip pixels: average blocks of them first
+    if shrink > 1:           # bilinear sampling would skip pixels: average blocks first
         image = F.avg_pool2d(image[None], shrink, ceil_mode=True)[0]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     points = transform_points(torch.stack([x, y], -1).float(), inverse)
     points = (points - (shrink - 1) / 2) / shrink
     extent = torch.tensor([image.shape[2], image.shape[1]])
     grid = ((points + 0.5) / extent * 2 - 1).to(image.device)
-    return F.grid_sample(image[None], grid[None], padding_mode=padding, align_corners=False)[0]
+    return F.grid_sample(image[None], grid[None], padding_mode=padding,
+                         align_corners=False)[0]
 
 
 def face_matrix(landmarks, size):
-    """M (2,3) that brings a face's landmarks (68,2) onto the FFHQ template in a size×size crop."""
+    """M (2,3) that brings a face's landmarks (68,2) to the FFHQ template, size×size."""
     return similarity(five_points(landmarks), (FFHQ_TEMPLATE + 0.5) * size / 512 - 0.5)
 
 
 def align_face(image, landmarks, size):
-    """Cut the face (68,2) out of image (3,H,W) → crop (3,size,size), its landmarks (68,2), matrix (2,3)."""
+    """Cut a face (68,2) out of image (3,H,W).
+
+    → crop (3,size,size), its landmarks (68,2), the matrix (2,3) from photo to crop.
+    """
     matrix = face_matrix(landmarks, size)
-    return warp_affine(image, matrix, size, size, "border"), transform_points(landmarks, matrix), matrix
+    crop = warp_affine(image, matrix, size, size, "border")
+    return crop, transform_points(landmarks, matrix), matrix
 
 
 def paste_face(photo, crop, matrix, feather=0.1):
-    """Put crop back where `matrix` (photo → crop) took it from; borders fade over `feather` of its width."""
+    """Put crop back where `matrix` (photo → crop) took it from.
+
+    Its borders fade over `feather` of its width.
+    """
     size = crop.shape[-1]
-    ramp = ((torch.arange(size).minimum(torch.arange(size).flip(0)) + 0.5) / (feather * size)).clamp(max=1)
+    height, width = photo.shape[-2:]
+    place = torch.arange(size)
+    ramp = (place.minimum(place.flip(0)) + 0.5) / (feather * size)
+    ramp = ramp.clamp(max=1)
     ramp = ramp * ramp * (3 - 2 * ramp)
-    layer = torch.cat([crop, (ramp[:, None] * ramp).to(crop)[None]])
+    cover = (ramp[:, None] * ramp).to(crop)
     inverse = invert_matrix(matrix)
-    alpha = warp_affine(layer[3:], inverse, *photo.shape[-2:])
-    return photo + alpha * (warp_affine(layer[:3], inverse, *photo.shape[-2:], "border") - photo)
+    alpha = warp_affine(cover[None], inverse, height, width)
+    layer = warp_affine(crop, inverse, height, width, "border")
+    return photo + alpha * (layer - photo)
 
 
 def component_boxes(landmarks, size):
-    """Squares around left eye, right eye, nose, mouth: (B,68,2) → (B,4,4) x1,y1,x2,y2 in a size×size image.
+    """Squares around left eye, right eye, nose, mouth: (B,68,2) → (B,4,4) x1,y1,x2,y2.
 
-    A box covers the pixels from x1 up to, not including, x2: its numbers are edges, pixel i spans i to i+1.
-    For each component m = mean of its landmarks, h = half of their larger extent, at least size/32; box =
-    (m−h+1, m+h). Clamped to the image, but never less than size/32 wide, even for a face off the edge.
+    A box covers the pixels from x1 up to, not including, x2: pixel i spans i to i+1. With
+    m the mean of the component's landmarks and h half of their larger extent, the box is
+    (m−h+1, m+h), inside the size×size image. h and the width are at least size/32.
     """
-    boxes, least = [], size / 32
+    least = size / 32
+    boxes = []
     for points in COMPONENTS.values():
-        part = landmarks[:, points]
-        half = ((part.amax(1) - part.amin(1)).amax(1, keepdim=True) / 2).clamp(min=least)
-        low = (part.mean(1) - half + 1).clamp(0, size - least)
-        high = torch.maximum((part.mean(1) + half).clamp(max=size), low + least)
+        component = landmarks[:, points]
+        extent = (component.amax(1) - component.amin(1)).amax(1, keepdim=True)
+        half = (extent / 2).clamp(min=least)
+        low = (component.mean(1) - half + 1).clamp(0, size - least)
+        high = torch.maximum((component.mean(1) + half).clamp(max=size), low + least)
         boxes.append(torch.cat([low, high], 1))
     return torch.stack(boxes, 1)
 
 
-def mirror(images, landmarks):
-    """Flip faces left to right: images (N,3,H,W), landmarks (N,68,2) → the same, the points in the order of
-    the 68-point scheme again (what was the left eye is now the right one)."""
-    flipped = landmarks[:, MIRRORED].clone()
-    flipped[..., 0] = images.shape[-1] - 1 - flipped[..., 0]
-    return images.flip(3), flipped
-
-
-def augment(images, landmarks, generator, crop=0.05, jitter=0.0):
-    """Random crop, flip, brightness and contrast of one person's pictures (N,3,H,W), landmarks (N,68,2).
-
-    All are flipped or none; the rest is drawn for each: scale and place change by up to `crop` of the size,
-    brightness and contrast by up to `jitter` (of a range of -1 to 1).
-    """
-    count, size = len(images), images.shape[-1]
-    scale = 1 + crop * torch.rand(count, generator=generator)                 # a part of the picture is left
-    corner = (scale - 1)[:, None] * size * torch.rand(count, 2, generator=generator)
-    light, contrast = jitter * (2 * torch.rand(2, count, 1, 1, 1, generator=generator) - 1)
-    flip = torch.rand((), generator=generator) < 0.5
-    matrix = torch.zeros(count, 2, 3)
-    matrix[:, 0, 0] = matrix[:, 1, 1] = 1 / scale
-    matrix[:, :, 2] = (2 * corner / size + 1) / scale[:, None] - 1
-    grid = F.affine_grid(matrix, images.shape, align_corners=False)
-    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    landmarks = (landmarks + 0.5) * scale[:, None, None] - corner[:, None] - 0.5
-    middle = images.mean((1, 2, 3), keepdim=True)
-    images = ((images - middle) * (1 + contrast) + middle + light).clamp(-1, 1)
-    return mirror(images, landmarks) if flip else (images, landmarks)
-
-
 def landmark_mask(landmarks, size, radius=3.0):
-    """Discs of `radius` pixels around landmarks 17-67 (not the jaw): (B,68,2) → (B,1,size,size), 0 or 1."""
-    near = _squared_distances(landmarks[:, 17:], size).amin(1, keepdim=True) <= radius**2
-    return near.float()
+    """Discs of `radius` pixels around landmarks: (B,68,2) → (B,1,size,size), 0 or 1.
+
+    The jaw, 0-16, is left out.
+    """
+    distance = _squared_distances(landmarks[:, JAW.stop:], size).amin(1, keepdim=True)
+    return (distance <= radius**2).float()
 
 
 def landmark_heatmaps(landmarks, size, sigma=2.0):
-    """A Gaussian of height 1 and `sigma` pixels at every landmark: (B,68,2) → (B,68,size,size)."""
+    """A Gaussian of height 1 around each landmark: (B,68,2) → (B,68,size,size)."""
     return torch.exp(-_squared_distances(landmarks, size) / (2 * sigma**2))
 
 
 def _squared_distances(landmarks, size):
+    """Of every pixel to every landmark: (B,N,2) → (B,N,size,size)."""
     pixels = torch.arange(size, device=landmarks.device)
-    x, y = ((pixels - landmarks[..., axis, None]) ** 2 for axis in (0, 1))
+    x = (pixels - landmarks[..., 0, None]) ** 2
+    y = (pixels - landmarks[..., 1, None]) ** 2
     return x[:, :, None, :] + y[:, :, :, None]
 
 
 def draw_landmarks(image, landmarks):
-    """A copy of image (3,H,W) with the landmarks (68,2) and the four component boxes drawn on it."""
-    picture = Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
-    draw, dot = ImageDraw.Draw(picture), max(picture.width / 256, 0.6)
+    """A copy of image (3,H,W) with landmarks (68,2) and component boxes drawn on it."""
+    picture = _to_picture(image)
+    draw = ImageDraw.Draw(picture)
+    dot = max(picture.width / 256, 0.6)
     for x1, y1, x2, y2 in component_boxes(landmarks[None], picture.width)[0].tolist():
-        draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline="yellow", width=max(round(dot), 1))
+        draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline="yellow",
+                       width=max(round(dot), 1))
     for x, y in landmarks.tolist():
         draw.ellipse((x - dot, y - dot, x + dot, y + dot), fill="lime")
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+    return _from_picture(picture)
 
 
 @functools.lru_cache
 def _landmark_detector(device):
     import face_alignment
     kinds = face_alignment.LandmarksType
-    kind = kinds.TWO_D if hasattr(kinds, "TWO_D") else kinds._2D    # renamed between face-alignment releases
+    kind = kinds.TWO_D if hasattr(kinds, "TWO_D") else kinds._2D     # before version 1.4
     return face_alignment.FaceAlignment(kind, device=device, flip_input=False)
 
 
 def detect_landmarks(image, device="cpu", name="this picture", aligned=False):
-    """Landmarks of all faces in image (3,H,W) → (N,68,2), with the papers' detector if it is installed.
-    `aligned` crops are asked for where being one is not enough."""
+    """Landmarks of all faces in image (3,H,W) → (N,68,2), by the papers' own detector.
+
+    InputError if it is not installed or finds no face. `aligned`: the image is an aligned
+    crop already, so the message does not propose one.
+    """
     try:
         detector = _landmark_detector(str(device))
     except ImportError:
         crop = "" if aligned else "or pass an aligned crop with --aligned, "
-        raise InputError(f"{name}: its landmarks are unknown; give a file {name}.txt of 68 lines `x y`, "
+        raise InputError(f"{name}: its landmarks are unknown; "
+                         f"give a file {name}.txt of 68 lines `x y`, "
                          f"{crop}or `pip install face-alignment`") from None
-    found = detector.get_landmarks_from_image(to_uint8(image).permute(1, 2, 0).cpu().numpy())
+    pixels = to_uint8(image).permute(1, 2, 0).cpu().numpy()
+    found = detector.get_landmarks_from_image(pixels)
     if found is None or len(found) == 0:
-        raise InputError(f"{name}: no face found; give its landmarks in {name}.txt, "
-                         "or an aligned crop with --aligned")
+        crop = "" if aligned else ", or an aligned crop with --aligned"
+        raise InputError(f"{name}: no face found; "
+                         f"give its landmarks in {name}.txt{crop}")
     return torch.from_numpy(np.stack(found)[..., :2]).float()
 
 
-# -----------------------------------------------------------------------------------------------------------
-# 4. Faces
-# -----------------------------------------------------------------------------------------------------------
-# Skull, face, ears, neck and shoulders are one surface: a grid over height and azimuth; the hair is another.
-# A length of 1 is 100 pixels of a 512 x 512 picture; x to the right, y down, z towards the camera, the eyes
-# at (+-0.63, 0). Features are placed by the canonical coordinates X (sideways) and T (down the profile) of a
-# grid point; identity and expression only move the points.
+# --------------------------------------------------------------------------------------
+# 4. Metrics
+# --------------------------------------------------------------------------------------
 
-FORMAT = 1                   # of the cached pictures: raise it whenever they change
-ROWS, COLUMNS = 240, 216     # of the grid
-LOW, HIGH = -3.05, 4.3       # T of the crown and of the lowest row
+def psnr(restored, target):
+    """Peak signal-to-noise ratio in dB, (B,3,H,W) in [-1,1] → (B,). The peak is 2."""
+    error = (restored.float() - target.float()).square().mean((1, 2, 3))
+    return -10 * torch.log10(error / 4)
 
-PROFILE = dict(     # the mean head: half width, front and back of a row, and how much higher its sides lie
-    T=[-3.05, -.80, -.30, 0.00, 0.50, 1.00, 1.31, 1.65, 1.95, 2.15, 2.35, 2.70, 3.20, 3.60, 4.00, 4.30],
-    y=[-3.05, -.80, -.30, 0.00, 0.50, 1.00, 1.31, 1.65, 1.95, 2.14, 2.26, 2.40, 2.75, 2.93, 3.15, 4.10],
-    half=[1.42, 1.42, 1.42, 1.40, 1.37, 1.32, 1.29, 1.25, 1.19, 1.11, 1.02, 0.93, 0.92, 1.60, 2.80, 3.20],
-    front=[1.60, 1.62, 1.72, 1.68, 1.66, 1.70, 1.72, 1.68, 1.64, 1.48, 1.15, 0.62, 0.50, 0.60, 0.75, 1.00],
-    back=[-2.0, -2.0, -2.0, -2.0, -1.8, -1.6, -1.4, -1.3, -1.2, -1.15, -1.1, -1.05, -1.15, -1.2, -1.3, -1.3],
-    lift=[0.00, 0.00, 0.00, 0.00, 0.00, 0.08, 0.20, 0.42, 0.68, 0.82, 0.82, 0.45, 0.10, 0.00, 0.00, 0.00])
 
-# Gaussian bumps of the surface: place (+-cx, cy), widths (sx, sy), mean shift (dx outwards, dy, dz), spread
-# over people. Nose: ridge, hump, tip, wings, nostrils, base, length; philtrum, lips, corners and size of the
-# mouth, chin; sockets, eyeballs, eyes, brows; cheeks, folds, jaw, width, temples, forehead, lengths.
-BUMPS = np.array([
-    [.00, .33, .15, .34, 0, 0, .20, .15, 0, .07], [.00, .25, .10, .16, 0, 0, .04, 0, 0, .05],
-    [.00, .70, .15, .13, 0, .05, .34, .25, .06, .09], [.21, .82, .08, .10, .03, .02, .17, .06, .02, .03],
-    [.11, .93, .06, .04, 0, -.02, -.04, 0, 0, 0], [.00, .90, .05, .06, 0, .02, .12, 0, .02, .03],
-    [.00, .60, .60, .50, 0, 0, 0, 0, .09, .05], [.00, 1.10, .04, .09, 0, 0, -.03, 0, 0, .01],
-    [.00, 1.21, .26, .06, 0, 0, .08, 0, .03, .03], [.09, 1.17, .06, .04, 0, -.02, .02, 0, .02, .01],
-    [.00, 1.43, .24, .07, 0, 0, .12, 0, .03, .04], [.00, 1.63, .30, .07, 0, 0, -.07, 0, 0, .03],
-    [.58, 1.32, .09, .09, 0, 0, -.05, 0, .04, 0], [.00, 1.31, .45, .20, 0, 0, 0, .20, .06, .05],
-    [.00, 1.92, .26, .16, 0, 0, .12, .20, .05, .08], [.00, 2.10, .40, .20, 0, .02, 0, .25, .10, .05],
-    [.60, .02, .27, .17, 0, 0, -.18, 0, 0, .04], [.28, .05, .10, .14, 0, 0, -.12, 0, 0, .03],
-    [.63, .00, .20, .12, 0, 0, .11, 0, 0, .02], [.63, .00, .32, .26, 0, 0, 0, .07, .05, 0],
-    [.58, -.30, .36, .10, 0, 0, .05, 0, .05, .05], [.95, .52, .30, .22, .03, 0, .06, .07, .05, .06],
-    [.95, 1.15, .35, .38, .02, 0, .02, .09, 0, .08], [.45, 1.02, .07, .22, 0, 0, -.02, 0, 0, .02],
-    [1.30, 1.65, .60, .65, .03, 0, 0, .12, .05, 0], [1.35, .30, .60, .70, 0, 0, 0, .09, 0, 0],
-    [1.30, -.60, .35, .40, -.04, 0, -.02, .07, 0, 0], [.00, -1.0, .70, .40, 0, 0, .05, .05, 0, .08],
-    [.00, 2.40, 9.0, .60, 0, 0, 0, 0, .13, 0], [.00, -2.6, 9.0, 1.0, 0, 0, 0, 0, .14, 0]])
+def ssim(restored, target):
+    """Structural similarity, (B,3,H,W) in [-1,1] → (B,). Wang et al. (2004).
 
-HEM_AT = [0, .3, .6, .9, 1.1, 1.3, 1.42, 1.55, 1.9, 2.1, 2.4, np.pi]     # |theta|
-STYLES = dict(      # how far the hair stands off, and at which T it ends
-    short=(.17, [-1.38, -1.40, -1.42, -1.15, -.75, -.05, 0.05, -.35, -.35, 0.55, 1.2, 1.3]),
-    fringe=(.17, [-.60, -.57, -.55, -.45, -.20, 0.30, 0.50, 0.10, 0.00, 0.80, 1.5, 1.6]),
-    side=(.26, [-1.2, -1.15, -1.1, -.95, -.60, 0.05, 0.20, -.25, -.35, 0.60, 1.3, 1.4]),
-    curly=(.45, [-1.30, -1.30, -1.25, -1.1, -.65, 0.20, 0.40, 0.30, 0.30, 0.80, 1.4, 1.5]),
-    back=(.15, [-1.55, -1.52, -1.45, -1.2, -.80, -.10, -.05, -.40, -.40, 0.55, 1.4, 1.6]),
-    buzz=(.03, [-1.40, -1.42, -1.45, -1.15, -.80, -.15, -.10, -.40, -.40, 0.45, 1.1, 1.2]),
-    receding=(.12, [-1.8, -1.95, -2.1, -1.7, -.90, -.15, 0.00, -.40, -.40, 0.50, 1.2, 1.3]),
-    bald=(.0, [-1.40] * 12),
-    long=(.22, [-1.65, -1.40, -1.15, -.20, 1.50, 3.20, 3.30, 3.30, 3.30, 3.30, 3.3, 3.3]),
-    bob=(.22, [-.60, -.58, -.55, -.30, 1.20, 1.70, 1.75, 1.80, 1.80, 1.80, 1.8, 1.8]),
-    wavy=(.34, [-1.55, -1.35, -1.15, -.30, 0.90, 2.30, 2.60, 2.60, 2.60, 2.60, 2.6, 2.6]))
-HAIR = np.array([[.012, .009, .008], [.03, .018, .011], [.075, .04, .02], [.16, .085, .038],
-                 [.40, .26, .12], [.20, .065, .022], [.28, .27, .26], [.55, .53, .50]])      # linear light
-IRIS = np.array([[.04, .02, .01], [.1, .04, .02], [.16, .12, .04], [.1, .16, .09], [.1, .2, .33],
-                 [.2, .25, .3]])
-SKIN = np.array([[.74, .50, .40], [.60, .37, .26], [.36, .195, .115], [.115, .058, .038]])
+    Gaussian window 11×11 of σ 1.5, K1 0.01, K2 0.03, on RGB; the mean over the channels
+    and over the places where the window fits.
+    """
+    offset = torch.arange(11, device=restored.device) - 5.0
+    taps = torch.exp(-offset**2 / (2 * 1.5**2))
+    taps = (taps / taps.sum()).view(1, 1, 1, 11).double()
 
+    def window(image):
+        return F.conv2d(F.conv2d(image, taps), taps.transpose(2, 3))
+
+    x = restored.double().flatten(0, 1)[:, None]
+    y = target.double().flatten(0, 1)[:, None]
+    c1 = (0.01 * 2) ** 2
+    c2 = (0.03 * 2) ** 2
+    mean_x = window(x)
+    mean_y = window(y)
+    var_x = window(x * x) - mean_x**2
+    var_y = window(y * y) - mean_y**2
+    covariance = window(x * y) - mean_x * mean_y
+    index = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+             / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)))
+    return index.view(len(restored), -1).mean(1).float()
+
+
+def detail(image, target):
+    """Fine detail as a share of the target's, (B,3,H,W) in [-1,1] → (B,).
+
+    The mean square of a picture less its 5×5 mean, over that of the target. 1: as much as
+    the target; below: blur; above: noise.
+    """
+    def energy(picture):
+        picture = picture.float()
+        mean = F.avg_pool2d(F.pad(picture, (2, 2, 2, 2), mode="reflect"), 5, stride=1)
+        return (picture - mean).square().mean((1, 2, 3))
+
+    return energy(image) / energy(target).clamp(min=1e-12)
+
+
+def identity_distance(net, restored, target):
+    """Angle in degrees between a recognition network's embeddings, (B,3,H,W) → (B,)."""
+    one = F.normalize(net(restored.float()).float(), dim=1)
+    two = F.normalize(net(target.float()).float(), dim=1)
+    cosine = (one * two).sum(1)
+    return torch.rad2deg(cosine.clamp(-1, 1).arccos())
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance, version 0.1 on AlexNet (Zhang et al. 2018).
+
+    forward: two batches (B,3,H,W) in [-1,1] → (B,). `linear` is the authors' file
+    weights/v0.1/alex.pth. AlexNet is torchvision's, or of `backbone`, a file.
+    """
+    def __init__(self, linear, backbone=None):
+        super().__init__()
+        if backbone is None:
+            backbone = _torchvision_weights("AlexNet_Weights.IMAGENET1K_V1")
+        self.features = load_named(
+            torchvision.models.alexnet(weights=None).features, backbone,
+            [(r"features\.(.*)", r"\1"), (r"classifier\..*", None)],
+            "torchvision's AlexNet (alexnet-owt-7be5be79.pth)")
+        widths = (64, 192, 384, 256, 256)
+        self.linear = load_named(
+            nn.ParameterList(torch.zeros(1, width, 1, 1) for width in widths), linear,
+            [(r"lin(\d)\.model\.1\.weight", r"\1")],
+            "LPIPS's weights/v0.1/alex.pth of github.com/richzhang/PerceptualSimilarity")
+        mean = torch.tensor([-0.030, -0.088, -0.188])
+        deviation = torch.tensor([0.458, 0.448, 0.450])
+        self.register_buffer("mean", mean.view(3, 1, 1))
+        self.register_buffer("deviation", deviation.view(3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def forward(self, restored, target):
+        x = (torch.cat([restored, target]) - self.mean) / self.deviation
+        weights = iter(self.linear)
+        distance = 0
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+                one, two = unit.chunk(2)
+                weighted = ((one - two).square() * next(weights)).sum(1)
+                distance = distance + weighted.mean((1, 2))
+        return distance
+
+
+def frechet_distance(first, second):
+    """|μ1−μ2|² + tr(C1 + C2 − 2 (C1 C2)^½) of Gaussians fit to features (N,D), (M,D)."""
+    def fit(features):
+        features = features.double()
+        mean = features.mean(0)
+        # C = RᵀR with R at most D×D, however many pictures there are.
+        root = torch.linalg.qr((features - mean) / (len(features) - 1) ** 0.5, mode="r").R
+        return mean, root
+
+    mean1, root1 = fit(first)
+    mean2, root2 = fit(second)
+    own = root1.square().sum() + root2.square().sum()                   # tr (C1 + C2)
+    cross = torch.linalg.svdvals(root1 @ root2.T).sum()                 # tr (C1 C2)^½
+    return ((mean1 - mean2).square().sum() + own - 2 * cross).item()
+
+
+class FID:
+    """Fréchet Inception distance (Heusel et al. 2017), with the original weights.
+
+    `weights` is pt_inception-2015-12-05-6726825d.pth. fid(images, references) → a number;
+    both are iterables of (B,3,H,W) in [-1,1].
+    """
+    def __init__(self, weights, device="cpu"):
+        net = torchvision.models.inception_v3(weights=None, num_classes=1008,
+                                              aux_logits=False, init_weights=False)
+        load_named(net, weights, [], "FID's pt_inception-2015-12-05-6726825d.pth "
+                                     "of github.com/mseitzer/pytorch-fid")
+        # The original averages over pixels inside only; its last block takes a maximum.
+        average = functools.partial(F.avg_pool2d, count_include_pad=False)
+        for name, block in net.named_children():
+            if isinstance(getattr(block, "branch_pool", None), nn.Module):
+                pool = F.max_pool2d if name == "Mixed_7c" else average
+                self._pool_otherwise(block, pool)
+        net.fc = nn.Identity()
+        self.net = net.to(device)
+        self.device = device
+
+    @staticmethod
+    def _pool_otherwise(block, pool):
+        """Keep the block's input; hand its pooling branch what `pool` makes of it."""
+        kept = {}
+
+        def keep(module, inputs):
+            kept["x"] = inputs[0]
+
+        def replace_input(module, inputs):
+            return pool(kept["x"], 3, stride=1, padding=1)
+
+        block.register_forward_pre_hook(keep)
+        block.branch_pool.register_forward_pre_hook(replace_input)
+
+    @torch.inference_mode()
+    def features(self, batches):
+        """Iterable of (B,3,H,W) → (N,2048)."""
+        rows = []
+        for images in batches:
+            images = F.interpolate(images.to(self.device), (299, 299), mode="bilinear",
+                                   align_corners=False)
+            rows.append(self.net(images).cpu())
+        return torch.cat(rows)
+
+    def __call__(self, images, references):
+        return frechet_distance(self.features(images), self.features(references))
+
+
+def paired_gain(restored, baseline, seed=0):
+    """Mean difference a face and its 95 % interval, by 2,000 bootstrap resamples."""
+    difference = (restored - baseline).double().cpu()
+    faces = len(difference)
+    index = torch.randint(faces, (2000, faces), generator=seeded(seed, 9))
+    bounds = torch.tensor([0.025, 0.975], dtype=torch.double)
+    interval = torch.quantile(difference[index].mean(1), bounds)
+    return {"mean": difference.mean().item(), "ci95": interval.tolist()}
+
+
+# --------------------------------------------------------------------------------------
+# 5. Faces from folders
+# --------------------------------------------------------------------------------------
 
 class Face(NamedTuple):
     image: torch.Tensor        # (3,H,W) float32 in [-1,1]
-    landmarks: torch.Tensor    # (68,2) float32, x,y in pixels; (0,0) is the centre of the top-left pixel
+    landmarks: torch.Tensor    # (68,2) float32, x,y in pixels
     identity: int
 
 
-def smooth(a, b, x):
-    """0 on a's side, 1 on b's, a cubic between."""
-    s = ((x - a) / (b - a)).clamp(0, 1)
-    return s * s * (3 - 2 * s)
-
-
-def bell(x, width):
-    return torch.exp(-0.5 * (x / width) ** 2)
-
-
-def unit(v):
-    """v (3,...) scaled to length 1."""
-    return v * (v[0] * v[0] + v[1] * v[1] + v[2] * v[2]).clamp(min=1e-12).rsqrt()
-
-
-def tensor(*values):
-    return torch.tensor(values, dtype=torch.float32)
-
-
-def column(*values):
-    return tensor(*values)[:, None]
-
-
-def normal(rng, spread=1.0):
-    return spread * float(np.clip(rng.standard_normal(), -2.2, 2.2))
-
-
-def noise(rng, rows, columns, height, width):
-    """(height,width) smooth noise of about unit variance, the same at every resolution."""
-    knots = torch.from_numpy(rng.standard_normal((1, 1, rows, columns), dtype=np.float32))
-    dense = rows > height or columns > width
-    return F.interpolate(knots, size=(height, width), mode="bilinear", antialias=dense)[0, 0]
-
-
-def look(maps, uv):
-    """Bilinear samples (C,...) of maps (C,h,w) at uv (2,...), both in [-1,1]."""
-    grid = uv.flatten(1).T[None, None]
-    return F.grid_sample(maps[None], grid, align_corners=True, padding_mode="border").view(-1, *uv.shape[1:])
-
-
-def at(maps, X, T):
-    """Samples (C,...) of maps over the head's grid at canonical points X, T (...)."""
-    u = np.interp(X, head().X[0], np.linspace(-1, 1, COLUMNS))
-    v = np.interp(T, head().T[:, 0], np.linspace(-1, 1, ROWS))
-    return look(maps, torch.from_numpy(np.stack([u, v])).float())
-
-
-def sideways(theta):
-    """X of an azimuth: as seen from the front up to the silhouette, along the surface behind it."""
-    side = abs(theta)
-    return np.sign(theta) * np.where(side < np.pi / 2, 1.45 * np.sin(side), 1.45 * (1 + side - np.pi / 2))
-
-
-def outward(points):
-    """Unit normals (3,h,w) of a grid of points (3,h,w)."""
-    down, right = torch.gradient(points, dim=(1, 2))
-    return unit(torch.linalg.cross(right, down, dim=0))
-
-
-@functools.lru_cache(maxsize=1)
-def head():
-    """What all heads share: canonical coordinates of the grid, the mean surface, the fields of the bumps."""
-    def axis(low, high, n, density):      # n positions, closer together where the density is higher
-        x = np.linspace(low, high, 4000)
-        total = np.cumsum(density(x))
-        return np.interp(np.linspace(total[0], total[-1], n), total, x)
-
-    T = axis(LOW, HIGH, ROWS, lambda t: 1 + 1.2 * (abs(t - .75) < 1.5) + np.exp(-((t - .85) / .15) ** 2)
-             + 24 * np.exp(-((t - 1.31) / .025) ** 2) + 3 * (t > 3.5))
-    theta = axis(-np.pi, np.pi, COLUMNS,
-                 lambda a: 1 + 2 * np.exp(-(a / .8) ** 2) + 3 * np.exp(-((abs(a) - 1.7) / .22) ** 2))
-    fine, kernel, row = np.linspace(LOW, HIGH, 800), np.exp(-0.5 * (np.arange(-30, 31) / 9.0) ** 2), {}
-    for name, values in PROFILE.items():      # the table, smoothed
-        wide = np.pad(np.interp(fine, PROFILE["T"], values), 30, mode="reflect", reflect_type="odd")
-        row[name] = np.interp(T, fine, np.convolve(wide, kernel / kernel.sum(), "valid"))[:, None]
-    angle = ((-.8 - T) / 2.25).clip(0, 1)[:, None] * np.pi / 2      # the dome of the skull
-    dome, cos, sin = np.cos(angle).clip(1e-4) ** .86, np.cos(theta), np.sin(theta)
-    y = np.where(angle > 0, -.8 - 1.42 * np.sin(angle), row["y"] - row["lift"] * sin ** 2)
-    z = -.1 + dome * np.where(cos > 0, (row["front"] + .1) * cos, (-.1 - row["back"]) * cos)
-    mean = torch.from_numpy(np.stack([row["half"] * dome * sin, y, z])).float()
-    X, T, theta = (torch.from_numpy(v).float() for v in (sideways(theta)[None], T[:, None], theta[None]))
-    even, odd = [], []      # fields of the displacements dy, dz and dx
-    for cx, cy, sx, sy in BUMPS[:, :4]:
-        right, left = bell(X - cx, sx) * bell(T - cy, sy), bell(X + cx, sx) * bell(T - cy, sy)
-        even.append(right if cx == 0 else right + left)
-        odd.append(right * X * (sx < 5) if cx == 0 else right - left)
-    flap = torch.exp(-((X.abs() - 1.68) / .17) ** 4 - ((T - .33) / .5) ** 4)
-    ear = X.sign() * flap, X.sign() * bell(X.abs() - 1.62, .07) * bell(T - .36, .2)
-    fields = torch.stack(odd), torch.stack(even), torch.stack(even)
-    return SimpleNamespace(theta=theta, X=X, T=T, mean=mean, ear=ear, fields=fields)
-
-
-@functools.lru_cache(maxsize=2)
-def person(size, seed, identity):
-    """All that an identity keeps: surface, skin texture, eyes, hair, glasses."""
-    g, rng = head(), np.random.default_rng([seed, identity])
-    who = SimpleNamespace(age=rng.random() ** 1.3, male=rng.random() < .55, dark=rng.random())
-    likely = np.array([6, 2, 4, 2, 3, 2, 1 + 3 * who.age, 1.5 * who.age, .3, .1, .3] if who.male
-                      else [1, 2, 2, 1.5, 1.5, .2, 0, 0, 5, 3, 4])
-    who.style = rng.choice(list(STYLES), p=likely / likely.sum())
-    likely = np.array([4, 4, 3, 2, 2.2, 1, 0, 0] if who.dark < .45 else [8, 3, .5, .1, 0, 0, 0, 0])
-    likely[6:] += 15 * max(who.age - .70, 0)
-    who.hair = column(*HAIR[rng.choice(8, p=likely / likely.sum())]) * np.exp(normal(rng, .2))
-    skin = [np.interp(who.dark, [0, .4, .7, 1], np.log(channel)) + normal(rng, .05) for channel in SKIN.T]
-    who.skin = column(*skin).exp()
-    who.eye = SimpleNamespace(
-        width=.30 + normal(rng, .018), up=.110 + normal(rng, .016), low=.080 + normal(rng, .012),
-        tilt=normal(rng, .03) - .02, crease=.075 + normal(rng, .025), lash=1.1 - .4 * who.male,
-        colour=column(*IRIS[rng.integers(2 if who.dark > .5 else 6)]) * np.exp(normal(rng, .15)),
-        fibre=(1 + .35 * noise(rng, 6, 70, 32, 256) + .2 * noise(rng, 10, 20, 32, 256)).clamp(.3, 2)[None])
-    who.teeth = column(.80, .74, .62) * rng.uniform(.75, 1)
-    who.frame = rng.uniform([.34, .22, 2, .012, .01], [.42, .32, 5, .028, .07])      # of glasses
-    who.glasses = rng.random() < .15
-
-    move = BUMPS[:, 4:7] + .8 * np.clip(rng.standard_normal((len(BUMPS), 3)), -1.8, 1.8) * BUMPS[:, 7:10]
-    move = torch.from_numpy(move).float()
-    scalp = g.mean + torch.stack([torch.tensordot(move[:, k], g.fields[k], 1) for k in range(3)])
-    scalp[0] *= 1 + normal(rng, .045)
-    hidden = who.style in ("long", "bob", "wavy")      # the ears, by hair
-    who.surface = scalp.clone()
-    who.surface[0] += (.1 if hidden else 1) * (rng.uniform(.22, .45) * g.ear[0] - .16 * g.ear[1])
-    who.surface[1:] += column(normal(rng, .08), -.15)[..., None] * g.ear[0].abs()
-    who.curtain, who.strands, hem = grow_hair(rng, who, scalp, size)
-    who.texture = paint_skin(rng, who, size, hem)
-    return who
-
-
-def grow_hair(rng, who, scalp, size):
-    """The hair, from crown to hem: points (3,h,w), strands (cover, tone, relief), X and T of the hem."""
-    h, w, (thick, hem), curls = 112, 176, STYLES[who.style], who.style in ("curly", "wavy")
-    theta, v = torch.linspace(-np.pi, np.pi, w), torch.linspace(0, 1, h)[:, None]
-    X = sideways(theta.numpy())
-    hem = torch.from_numpy(np.interp(theta.abs(), HEM_AT, hem)).float() + normal(rng, .08)
-    parted = rng.uniform(-.5, .5) * (who.style in ("side", "fringe", "long"))
-    hem = hem + parted * bell(theta, .6) * torch.sin(2 * theta)
-    hem = F.avg_pool1d(F.pad(hem[None, None], (2, 2), mode="circular"), 5, 1)[0, 0]
-    T = LOW + .01 + v * (hem - LOW - .01)
-    # It lies on the skull down to the ears, and hangs from there on.
-    points, hang = at(scalp, *np.broadcast_arrays(X, T.clamp(max=.15))), (T - .15).clamp(min=0)
-    clump = noise(rng, 10, 26, h, w) + curls * noise(rng, 30, 70, h, w) * .7
-    taper = .4 if who.style in ("fringe", "bob") else smooth(.9, .1, hem) * .6 + .4
-    thick = thick * rng.uniform(.7, 1.3) * (1 - smooth(.65, .98, v) * taper)
-    thick = thick * (.55 + .45 * torch.cos(theta / 2) ** 2) * (1 + .16 * clump * smooth(.02, .25, v))
-    out = unit(torch.stack([theta.sin() + 0 * T, -1.2 * smooth(-.4, -2.2, T), theta.cos() + 0 * T]))
-    points = points + out * (thick + .015)
-    points[0] *= 1 - .04 * smooth(0, 1.6, hang) * (1 + .8 * clump)
-    points[1] += hang
-    h, w = 2 * size, 3 * size
-    relief = noise(rng, 14, 300, h, w) + .6 * noise(rng, 8, 110, h, w)
-    if curls:
-        relief = .4 * relief + .7 * noise(rng, 90, 200, h, w) + .5 * noise(rng, 45, 90, h, w)
-    v = torch.linspace(0, 1, h)[:, None]
-    cover = smooth(1, .92, v + .035 * relief.clamp(-1.5, 1.5) * smooth(.5, 1, v))
-    tone = (1 + .28 * relief.clamp(-2, 2) + .12 * noise(rng, 5, 40, h, w)).clamp(min=.3)
-    return points, torch.stack([cover, tone, relief]), (X, hem)
-
-
-def paint_skin(rng, who, size, hem):
-    """Texture (6,h,w) over the grid: colour (3), slopes of the relief along X and T, gloss."""
-    h, w, dark, age = int(3.2 * size), 3 * size, who.dark, who.age
-    T = F.interpolate(head().T[None, None], size=(h, 1), mode="bilinear", align_corners=True)[0, 0]
-    X = F.interpolate(head().X[None, None], size=(1, w), mode="bilinear", align_corners=True)[0, 0]
-    A = X.abs()
-    colour, hair = who.skin[..., None].expand(3, h, w), who.hair[..., None]
-
-    def spot(cx, cy, sx, sy):
-        return bell(A - cx, sx) * bell(T - cy, sy)
-
-    def paint(new, cover):
-        nonlocal colour
-        colour = torch.lerp(colour, new.expand(3, h, w), cover.expand(3, h, w))
-
-    pore, blotch, broad = noise(rng, 340, 300, h, w), noise(rng, 40, 36, h, w), noise(rng, 12, 10, h, w)
-    flush = rng.uniform(.10, .24) * (.5 * spot(.85, .75, .3, .25) + .6 * spot(0, .72, .16, .14)
-                                     + .5 * spot(1.65, .3, .2, .4) + .3 * spot(0, 1.9, .3, .2) + .15 * broad)
-    hollow = (.4 * spot(.27, .03, .07, .09) + .18 * spot(.62, -.17, .22, .05) + .5 * spot(.24, .95, .12, .03)
-              + .25 * spot(0, 1.56, .22, .05) + .3 * spot(.6, 1.31, .05, .05) + .22 * spot(.32, .8, .04, .12)
-              + (.1 + .25 * age) * spot(.55, .26, .22, .07) + .6 * spot(1.62, .4, .05, .15)
-              + .35 * smooth(2, 2.6, T))
-    colour = (colour * (1 - hollow.clamp(max=.9)) * (1 + .08 * pore + .06 * blotch + .05 * broad)
-              * torch.stack([1 + .4 * flush, 1 - flush, 1 - .9 * flush]))
-    relief = (.0012 * pore + .003 * blotch) * bell(A, 1.2)
-    if dark < .5 and rng.random() < .35:      # freckles
-        where = (spot(.6, .5, .5, .4) + spot(0, .3, .3, .4)).clamp(max=1)
-        where = where * smooth(1.2, 2.2, noise(rng, 210, 190, h, w))
-        paint(colour * column(.75, .62, .55)[..., None], where)
-    for _ in range(rng.integers(2, 9)):       # moles
-        x, t, r = rng.uniform(-1.3, 1.3), rng.uniform(-1.2, 2.1), rng.uniform(.012, .038)
-        paint(.35 * colour, smooth(1.3, .7, ((X - x) ** 2 + (T - t) ** 2).sqrt() / r) * rng.uniform(.5, 1))
-    warp = .03 * broad + .02 * blotch         # wrinkles: forehead, beside the mouth, under the eyes
-    wrinkles = (.5 * age * smooth(.75, 1, torch.cos((T + warp + .05 * A * A) * 37)) * spot(0, -.85, .55, .22)
-                + (.2 + .4 * age) * bell(A - .33 - .6 * (T - .85).clamp(0, .65) - .3 * warp, .022)
-                * smooth(.75, .9, T) * smooth(1.5, 1.2, T)
-                + (.1 + .3 * age) * bell(T - .22 - .25 * (A - .6) ** 2 + .3 * warp, .015) * bell(A - .6, .2))
-    paint(.55 * colour, wrinkles)
-    full, bow = 1 + normal(rng, .25), (1 - (A / .56) ** 2).clamp(min=0)
-    edge = 1.31 - .15 * full * bow ** .7 - .03 * bell(A - .1, .06) + .02 * bell(A, .05)
-    lips = smooth(-.02, .02, T - edge) * smooth(.58, .52, A)
-    lips = lips * smooth(.03, -.02, T - 1.31 - .19 * full * bow ** .6)
-    made_up, creases = not who.male and rng.random() < .5, noise(rng, 6, 420, h, w)
-    tint = rng.uniform(*([[.6, .12, .18], [1, .4, .42]] if made_up else [[.8, .48, .5], [1, .7, .7]]))
-    tint = who.skin * (1 - .35 * dark) * column(*tint)
-    paint(tint[..., None] * (1 + .06 * creases) * (1 - hollow), lips)
-    relief = (relief - .010 * wrinkles) * (1 - lips) + .002 * lips * creases
-    gloss = .35 * (1 + lips) + .25 * spot(0, .6, .15, .3) + .2 * spot(0, -.9, .6, .3)
-    # Brows: p along, q across, strands that lean outwards.
-    p = (A - .28 - normal(rng, .03)) / .72
-    arch = (.07 + normal(rng, .035)) * (1 - (p / .62 - 1) ** 2)
-    q = (T + .34 + arch - normal(rng, .03) - normal(rng, .04) * p) / (
-        (.06 + .012 * who.male + normal(rng, .017)) * (1.15 - .75 * p).clamp(min=.15))
-    comb = torch.cos(2 * np.pi * (22 * p - 1.3 * (1 - p) * q + .35 * blotch + .12 * pore))
-    brow = smooth(-.05, .10, p + .03 * comb) * smooth(1.05, .75, p) * smooth(1.4, .3, q.abs() + .25 * comb)
-    whisker, stubble = hair.clamp(max=.25) * column(1, .86, .74)[..., None], noise(rng, 420, 360, h, w)
-    paint(.7 * whisker, (brow * (.8 + .25 * comb) * rng.uniform(.6, 1)).clamp(0, .95))
-    grown = rng.random() * who.male           # beard: from a shadow to a full one, or a moustache
-    if grown > .3:
-        moustache, shadow = spot(.22, 1.1, .22, .055), grown < .6
-        where = (smooth(-.08, .10, T - 1.42 + .95 * smooth(.7, 1.45, A) + .07 * blotch) * smooth(2.7, 2.2, T)
-                 * smooth(1.64, 1.52, A) * smooth(.25, .45, A + 3 * (T - 1.42).clamp(min=0)))
-        goatee = 1.2 * moustache + (grown > .94) * spot(0, 1.85, .35, .3)
-        where = (torch.maximum(where, moustache) if grown < .88 else goatee).clamp(0, 1) * (1 - lips)
-        cover = where * (.22 + .15 * stubble if shadow else .72 + .35 * stubble)
-        paint(whisker * (1 + .3 * stubble), cover.clamp(0, .97))
-        relief, gloss = relief + .0015 * (1 + (not shadow)) * where * stubble, gloss * (1 - .7 * where)
-    # The scalp is tinted below the hair, so that the hair line is soft; nostrils; clothes.
-    line = torch.from_numpy(np.interp(X[0], *hem)).float().clamp(max=1.2)
-    under = smooth(.10, -.12, T - line + .05 * stubble) * (.1 if who.style == "bald" else .85)
-    paint(.8 * hair, under)
-    paint(.1 * colour, smooth(1.2, .6, (((A - .115) / .065) ** 2 + ((T - .93) / .03) ** 2).sqrt()))
-    cloth = smooth(-.02, .02, T - rng.uniform(-.1, .6) * bell(A, .35) - rng.uniform(2.75, 3.2))
-    dye = column(*np.exp(rng.uniform(-3.5, -.5) + rng.uniform(-.4, .4, 3)))[..., None]
-    paint(dye * (1 + .15 * pore + .1 * noise(rng, 20, 90, h, w)), cloth)
-    slopes = []
-    for axis, k in (1, X), (0, T):      # where rows crowd, the relief is no steeper than elsewhere
-        rise, step = torch.gradient(relief, dim=axis)[0], torch.gradient(k, dim=axis)[0]
-        slopes.append((rise / step.clamp(min=float(step.median()))).clamp(-2, 2))
-    return torch.stack([*colour.clamp(.004, .95), *slopes, gloss * (1 - .8 * under) * (1 - cloth)])
-
-
-def rotation(yaw, pitch, roll):
-    (cy, cp, cr), (sy, sp, sr) = np.cos([yaw, pitch, roll]), np.sin([yaw, pitch, roll])
-    turn = np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]]) @ [[1, 0, 0], [0, cp, -sp], [0, sp, cp]]
-    return torch.from_numpy(turn @ [[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]]).float()
-
-
-def rasterise(grid, side):
-    """Draw a grid of projected points (3,h,w), x and y in pixels and z, into a side x side picture.
-
-    It is refined until samples are closer than pixels, each is dropped into its pixel, and the nearest kept.
-    Returns mask (side,side), where it is seen, and the grid position (2,N) in [-1,1] of their centres.
-    """
-    factor, empty = max(2, round(side / 86)), 1 << 62
-    steps = [k / factor for k in range(factor)]
-    dense = torch.stack([torch.lerp(grid[..., :-1], grid[..., 1:], f) for f in steps], -1).flatten(-2)
-    dense = torch.stack([torch.lerp(dense[:, :-1], dense[:, 1:], f) for f in steps], 2).flatten(1, 2)
-    (h, w), (x, y, z) = dense.shape[1:], dense.flatten(1)
-    # A frame of one pixel around the picture collects what lies outside.
-    cell = (y.round().clamp(-1, side) * (side + 2) + x.round().clamp(-1, side) + (side + 3)).long()
-    # One integer a sample: the depth in its high word decides, the low word says which sample it was.
-    key = torch.stack([torch.arange(h * w, dtype=torch.int32), ((20 - z) * 2e4).int()], 1).view(torch.int64)
-    best = torch.full(((side + 2) ** 2,), empty).scatter_reduce_(0, cell, key[:, 0], "amin")
-    best = best.view(side + 2, side + 2)
-    up, down, left, right = best[:-2, 1:-1], best[2:, 1:-1], best[1:-1, :-2], best[1:-1, 2:]
-    # Pixels missed where the surface is stretched take the nearest of their neighbours.
-    crowded = torch.minimum(torch.maximum(up, down), torch.maximum(left, right)) < empty
-    near = torch.minimum(torch.minimum(up, down), torch.minimum(left, right))
-    best = best[1:-1, 1:-1]
-    best = torch.where((best == empty) & crowded, near, best)
-    mask = best < empty
-    index = best[mask] & 0xffffffff
-    i, j = index // w, index % w
-    corner = i.clamp(max=h - 2) * w + j.clamp(max=w - 2)
-    origin, right, below, here = (torch.stack([x.index_select(0, k), y.index_select(0, k)])
-                                  for k in (corner, corner + 1, corner + w, index))
-    a, b, d = right - origin, below - origin, mask.nonzero().T.flip(0) - here
-    area = a[0] * b[1] - a[1] * b[0]
-    area = torch.where(area.abs() < .02, 1e9, area)
-    j = j + ((d[0] * b[1] - d[1] * b[0]) / area).clamp(-1, 1)
-    i = i + ((a[0] * d[1] - a[1] * d[0]) / area).clamp(-1, 1)
-    return mask, torch.stack([j * (2 / w) - 1, i * (2 / h) - 1])
-
-
-def background(rng, size):
-    """A place out of focus: (3,size,size), linear light."""
-    m, kind, angle = 96, rng.integers(6), rng.uniform(0, 2 * np.pi)
-    y, x = torch.linspace(0, 1, m)[:, None], torch.linspace(0, 1, m)[None]
-
-    def paint():      # mostly greys, browns and blues
-        warm = rng.normal(0, .28)
-        colour = np.exp(rng.normal(-1.5, .9)) * column(warm, rng.normal(0, .06), -warm).exp()
-        return colour[..., None].clamp(.004, .9)
-
-    image = paint() * (1 + .7 * ((x - .5) * np.cos(angle) + (y - .5) * np.sin(angle)))
-    image = image * (1 + .1 * noise(rng, 4, 4, m, m) + .03 * noise(rng, 32, 32, m, m))
-    if kind == 1:      # foliage
-        leaf = .5 * noise(rng, 4, 4, m, m) + .6 * noise(rng, 10, 10, m, m) + .4 * noise(rng, 28, 28, m, m)
-        green = np.exp(rng.normal(-.3, .5)) * column(rng.uniform(.05, .16), .12, .04)[..., None]
-        image = green * torch.exp(.7 * leaf) + .5 * smooth(.9, 2, leaf) * column(.5, .55, .4)[..., None]
-    for _ in range(rng.integers(6, 18) if kind > 1 else 0):      # a room or a street: boxes; lights: discs
-        cx, cy, w, h = rng.uniform([0, 0, .02, .05], [1, 1, .25, .7])
-        colour, blur = paint(), .015 + .015 * kind
-        if kind == 5:
-            disc = smooth(blur / 4, -blur / 4, ((x - cx) ** 2 + (y - cy) ** 2).sqrt() - .25 * w)
-            image = image + .9 * colour * disc
-        else:
-            box = smooth(w + blur, w - blur, (x - cx).abs()) * smooth(h + blur, h - blur, (y - cy).abs())
-            image = image + .9 * box * (colour * (1 + .4 * (y - cy)) - image)
-    return F.interpolate(image[None], size=(size, size), mode="bilinear")[0].clamp(.002, .9)
-
-
-def lids(eye, opening, e):
-    """T of the upper and of the lower lid at e, from the inner (-1) to the outer (1) corner of the eye."""
-    bow, middle = (1 - e.abs() ** 2.2).clamp(min=0), eye.tilt * e + .015
-    low = eye.low * bow ** .8
-    return middle + .95 * max(0.0, 1 - opening) * low - opening * eye.up * bow * (1 - .12 * e), middle + low
-
-
-def landmark_points(eye, opening):
-    """Canonical X and T (2,68) of the landmarks, in iBUG's order."""
-    theta = np.linspace(-1.52, 1.52, 17)
-    jaw = np.interp(abs(theta), [0, .3, .6, .9, 1.2, 1.52], [2.17, 2.15, 2.08, 1.85, 1.25, .1])
-    brow = np.array([[.32, -.36], [.50, -.42], [.68, -.45], [.86, -.43], [1.02, -.36]])
-    nose = [[0, -.02], [0, .23], [0, .48], [0, .72], [-.24, .88], [-.12, .94], [0, .97],
-            [.12, .94], [.24, .88]]
-    e = torch.tensor([-1, -.4, .35, 1, .35, -.4])
-    upper, lower = lids(eye, opening, e)
-    right = torch.stack([.63 + eye.width * e, torch.where(torch.arange(6) < 4, upper, lower)], 1).numpy()
-    lips = [[-.57, 1.31], [-.35, 1.20], [-.12, 1.135], [0, 1.16], [.12, 1.135], [.35, 1.20], [.57, 1.31],
-            [.36, 1.44], [.14, 1.50], [0, 1.51], [-.14, 1.50], [-.36, 1.44], [-.5, 1.31], [-.2, 1.297],
-            [0, 1.297], [.2, 1.297], [.5, 1.31], [.2, 1.323], [0, 1.323], [-.2, 1.323]]
-    mirror = [-1, 1]
-    return np.concatenate([np.stack([sideways(theta), jaw], 1), (brow * mirror)[::-1], brow, nose,
-                           (right * mirror)[[3, 2, 1, 0, 5, 4]], right, lips]).T
-
-
-def shade(albedo, facing, gloss, seen, light, wrap):
-    """Colours (3,N) of points with normals `facing` under key light, as far as `seen`, fill and sky."""
-    key, fill, sky = light
-    colour, sheen = sky * (.75 - .35 * facing[1]) * (.55 + .45 * seen), 0
-    for (direction, tint), reach in ((key, seen), (fill, 1)):
-        colour = colour + tint * (((direction @ facing + wrap) / (1 + wrap)).clamp(min=0) * reach)
-        sharp = (unit(direction + tensor(0, 0, 1)) @ facing).clamp(min=0).square().square().square().square()
-        sheen = sheen + tint * (.1 * reach * gloss * (sharp + sharp.square().square()))
-    return albedo * colour + sheen
-
-
-def eyeballs(who, still, turn, gaze, light, x, inner, seen, e, below, above):
-    """Colours (3,N) where rays meet the ball behind an opening; below, above: distances from the lids."""
-    ray, centres = -turn[2], at(still, [-.63, .63], [0, 0]) - column(0, -.01, .225)
-    offset = inner - centres[:, (x > 0).long()]
-    along = ray @ offset
-    root = (along ** 2 - (offset * offset).sum(0) + .06).clamp(min=0).sqrt()
-    ball = unit(offset - (along + root) * ray[:, None])
-    aim = unit(tensor(np.sin(gaze[0]), np.sin(gaze[1]), .97))
-    off = ball - aim[:, None] * (aim @ ball)
-    radius = (off * off).sum(0).sqrt() / .46
-    polar = torch.stack([torch.atan2(off[1], off[0]) / np.pi, (2 * radius - 1).clamp(-1, 1)])
-    ring = .55 + .6 * smooth(.3, .8, radius) - .8 * smooth(.8, 1, radius)
-    iris = (1.6 * who.eye.colour * look(who.eye.fibre, polar) * ring).clamp(min=.004)
-    white = column(.52, .48, .46) * (1 - .25 * smooth(.5, 1.05, e.abs()))
-    colour = torch.lerp(iris, white, smooth(.93, 1.07, radius)) * smooth(.36, .44, radius).clamp(min=.02)
-    world, (direction, tint) = turn @ ball, light[0]
-    colour = shade(colour, unit(world + column(0, 0, .3)), 0, seen, light, .3)
-    glint = unit(direction + tensor(0, 0, 1)) @ unit(world + .25 * (turn @ aim)[:, None])
-    wet = .3 * bell(above - .01, .010)
-    glint = .9 * smooth(.989, .996, glint) * smooth(.02, .05, below)
-    return torch.lerp(colour * (.3 + .7 * smooth(0, .10, below)), 1.3 * who.skin, wet) + glint * tint
-
-
-def mouth_inside(who, jaw, smile, inner, light, seen):
-    """Colours (3,N) of what the open lips show at points (3,N) of the head: teeth before a dark cavity."""
-    x, y = inner[0].abs(), inner[1] - at(who.surface, [0], [1.31])[1]
-    tooth, (_, tint), sky = x / .155, light[0], light[2]
-    upper = smooth(.085, .065, y + .012 * torch.cos(2 * np.pi * tooth)) * smooth(.50, .40, x)
-    lower = smooth(.88 * jaw, .88 * jaw + .02, y) * smooth(.42, .32, x) * (jaw > .08)
-    cavity = column(.042, .013, .011) * (.3 + 1.2 * smooth(0, .4, y))
-    shape = (1 - 3 * x ** 2).clamp(min=.1) * (1 - .5 * bell(tooth - tooth.round(), .06)) * (.35 + .65 * seen)
-    gape = min(1.0, (jaw + .12 * max(smile, 0)) / .05)
-    teeth = .85 * who.teeth * shape * (sky + .6 * tint)
-    return torch.lerp(cavity, teeth, gape * torch.maximum(upper, .8 * lower))
-
-
-def glasses(who, colour, inner, x, t, eyes, turn):
-    """Draw them over colours (3,N): where the pixels' rays cross a plane before the eyes."""
-    wide, high, power, rim, tint = who.frame
-    cross = inner + (eyes[2] + .30 - inner[2]) / turn[2, 2] * turn[2][:, None]
-    u, v = (cross[0].abs() - eyes[0]).abs() / wide, (cross[1] - eyes[1] - .06).abs() / high
-    far = ((u ** power + v ** power) ** (1 / power) - 1) * high
-    bridge = (cross[0].abs() < eyes[0] - wide) & ((cross[1] - eyes[1] + .04).abs() < rim * 1.2)
-    arm = (x.abs() > 1.0) & (x.abs() < 1.7) & ((t + .1).abs() < .03)
-    metal = torch.maximum(smooth(rim + .01, rim - .005, far.abs()), (bridge | arm).float())
-    return torch.lerp(colour * (1 - .08 * (far < 0)), torch.full_like(colour, tint), metal)
-
-
-def shadows(key, points, casters, pivot):
-    """How far the key light reaches points (3,h,w), past casters (3,N), softly, by comparing depths."""
-    n, across = 72, unit(torch.linalg.cross(tensor(0, 1, 0), key))
-    frame = torch.stack([across, torch.linalg.cross(key, across), key])
-    rays = frame @ (casters - pivot)
-    cell = ((rays[:2] / 3.4 + 1) * (n / 2)).long().clamp(0, n - 1)
-    front = torch.full((n * n,), -9.0).scatter_reduce_(0, cell[1] * n + cell[0], rays[2], "amax")
-    front, rays = front.view(1, n, n), (frame @ (points.flatten(1) - pivot)).view_as(points)
-    place = rays[:2] / 3.4 * (1 + 1 / n)
-    taps = torch.tensor([[-1, -1], [1, -1], [-1, 1], [1, 1], [0, 0]])[..., None, None] * (1.4 / n)
-    seen = .25 + .15 * sum(smooth(.32, .12, look(front, place + tap)[0] - rays[2]) for tap in taps)
-    return F.avg_pool2d(F.pad(seen[None, None], (1, 1, 1, 1), mode="replicate"), 3, 1)[0]
-
-
-def render_face(size, seed, identity, shot):
-    """A picture of a person, uint8 (3,size,size), and its landmarks, float32 (68,2), in pixels. Pure."""
-    g, who, side = head(), person(size, seed, identity), 2 * size      # supersampled twice
-    rng = np.random.default_rng([seed, identity, shot, 1])
-    n, u = functools.partial(normal, rng), rng.uniform
-
-    # Expression: all below the lips turns with the jaw; the step between the lips opens the mouth.
-    X, T, A = g.X, g.T, g.X.abs()
-    jaw, smile = max(0.0, u(-.7, .42)) * u(.2, 1), float(np.clip(.25 + n(.4), -.35, 1.1))
-    grin = max(smile, 0)
-    opening = .05 if u() < .06 else float(np.clip(1 - .12 * grin + n(.10), .5, 1.2))
-    between, step = (1 - (A / .55) ** 2).clamp(min=0) ** .5, smooth(1.298, 1.322, T)
-    drop = between * step + (1 - between) * smooth(.7, 2, T) * smooth(1.7, 1.1, A)
-    drop = drop * smooth(3.4, 2.4, T) * smooth(1.7, .9, A)
-    corner, cheek = bell(A - .56, .22) * bell(T - 1.31, .22), bell(A - .8, .25) * bell(T - .75, .25)
-    lift = between * ((1 - step) * smooth(.85, 1.25, T) * (.09 * grin + .08 * jaw)
-                      - step * smooth(1.7, 1.3, T) * .045 * grin)
-    brows = n(.07) * bell(T + .35, .14) * bell(A - .6, .5)
-    still = who.surface + torch.stack([X.sign() * (.09 * smile - .10 * jaw) * corner,
-                                       jaw * drop - lift - smile * (.13 * corner + .06 * cheek) - brows,
-                                       .07 * grin * cheek - .08 * smile * corner - .25 * jaw * drop])
-
-    # Pose: the neck follows the head, the shoulders hardly. Camera: perspective, framed on eyes and mouth.
-    yaw, pitch, roll = np.deg2rad(np.clip([15 * rng.normal(), n(7), n(5)], [-40, -20, -15], [40, 20, 15]))
-    gaze = np.clip([n(.16) - .5 * yaw, n(.10) + .3 * pitch], -.4, .4)
-    turn, body = rotation(yaw, pitch, roll), rotation(.35 * yaw + n(.1), .1 * pitch, .3 * roll)
-    follow, pivot = smooth(3.6, 2.2, T).expand(ROWS, COLUMNS).flatten(), column(0, 1.2, -.4)
-    rest = still.flatten(1) - pivot
-    points = ((turn @ rest) * follow + (body @ rest) * (1 - follow) + pivot).view_as(still)
-    curtain = (turn @ (who.curtain.flatten(1) - pivot) + pivot).view_as(who.curtain)
-    distance, zoom = 17.0, 1560 * (1 + n(.05))
-    anchor = at(points, [-.63, .63, -.5, .5], [0, 0, 1.35, 1.35]).mean(1)
-    shift = tensor(256 + n(9), 304 + n(9)) - anchor[:2] * zoom / (distance - anchor[2])
-
-    def project(p):      # (3,...) -> x, y in supersampled pixels, z
-        x, y = (p[k] * zoom / (distance - p[2]) + shift[k] for k in range(2))
-        return torch.stack([x * (side / 512) - .5, y * (side / 512) - .5, p[2]])
-
-    # Light: key and fill (direction, colour), sky.
-    azimuth, elevation, warm = u(-1.1, 1.1), u(-.05, .9), n(.08)
-    level = np.cos(elevation)
-    key = tensor(np.sin(azimuth) * level, -np.sin(elevation), np.cos(azimuth) * level)
-    fill = unit(tensor(-np.sign(azimuth) * u(.4, 1.2), u(-.5, .2), u(.3, 1)))
-    light = ((key, column(1 + warm, 1, 1 - warm) * u(.75, 1.1)),
-             (fill, column(1 - warm, 1, 1 + warm) * u(.12, .4)), column(1, 1.02, 1.06) * u(.16, .32))
-    haired = who.style != "bald"
-    casters = [points.flatten(1), curtain.flatten(1)] if haired else [points.flatten(1)]
-    seen = shadows(key, points[:, ::2, ::2], torch.cat(casters, 1), pivot)
-    seen = F.interpolate(seen[None], size=(ROWS, COLUMNS), mode="bilinear")[0]
-    image, nearest = background(rng, side) * u(.5, 1.1), torch.full((side, side), -9.0)
-
-    # Skin, rasterised where it can face the camera.
-    first, last = ((g.theta[0] + yaw).abs() < 1.85).nonzero()[[0, -1], 0].tolist()
-    mask, uv = rasterise(project(points[:, :, first:last + 1]), side)
-    uv[0] = ((uv[0] + 1) / 2 * (last - first) + first) * (2 / (COLUMNS - 1)) - 1
-    maps = outward(points), points[2:], still, seen, X.expand(1, ROWS, -1), T.expand(1, -1, COLUMNS)
-    facing, depth, inner, seen, x, t = look(torch.cat(maps), uv).split([3, 1, 3, 1, 1, 1])
-    albedo, slopes, gloss = look(who.texture, uv).split([3, 2, 1])
-    seen, x, t, a, down = seen[0], x[0], t[0], x[0].abs(), turn[:, 1:2].expand_as(facing)
-    facing = unit(facing - slopes[0] * torch.linalg.cross(down, facing, dim=0) - slopes[1] * down)
-    e = (a - .63) / who.eye.width
-    upper, lower = lids(who.eye, opening, e)
-    near = ((e.abs() < 1.25) & (t.abs() < .34)).float()
-    fold = min(opening, 1) * bell(t - upper + who.eye.crease, .014) * smooth(1.15, .8, e.abs())
-    rim = bell(t - lower - .012, .012) * smooth(1.1, .9, e.abs())
-    albedo = albedo * (1 - near * (.45 * fold + .15 * rim))
-    colour = shade(albedo, facing, gloss, seen, light, column(.40, .20, .15))
-    k = ((near > 0) & (t > upper - .02) & (t < lower + .02) & (e.abs() < 1.03)).nonzero()[:, 0]
-    below, above = (t - upper)[k], (lower - t)[k]
-    ball = eyeballs(who, still, turn, gaze, light, x[k], inner[:, k], seen[k], e[k], below, above)
-    colour[:, k] = torch.lerp(colour[:, k], ball, smooth(-.008, .008, below) * smooth(-.008, .008, above))
-    lash = smooth(-.06, -.01, t - upper) * smooth(.02, 0, t - upper) * (.3 + .4 * e.clamp(0, 1))
-    lash = (lash * (.6 + .4 * torch.sin(190 * a + 60 * (t - upper))) + .9 * bell(t - upper + .004, .012)
-            + .25 * bell(t - lower - .006, .008))
-    colour = colour * (1 - .88 * (near * who.eye.lash * smooth(1.12, .95, e.abs()) * lash).clamp(0, 1))
-    hole = smooth(.010, .004, (t - 1.31).abs()) * smooth(.56, .50, a)
-    k = hole.nonzero()[:, 0]
-    teeth = mouth_inside(who, jaw, smile, inner[:, k], light, seen[k])
-    colour[:, k] = torch.lerp(colour[:, k], teeth, hole[k])
-    if who.glasses:
-        colour = glasses(who, colour, inner, x, t, at(still, [.63], [0])[:, 0], turn)
-    image[:, mask], nearest[mask] = colour, depth[0]
-
-    if haired:
-        ends, hanging = curtain.shape[2] - 1, who.style in ("long", "bob", "wavy")      # its back shows too
-        facing = (torch.linspace(-np.pi, np.pi, ends + 1) + yaw).abs() < (4 if hanging else 1.9)
-        first, last = facing.nonzero()[[0, -1], 0].tolist()
-        curtain = curtain[:, :, first:last + 1]
-        mask, uv = rasterise(project(curtain), side)
-        along = unit(torch.gradient(curtain, dim=1)[0])
-        facing, depth, along = look(torch.cat([outward(curtain), curtain[2:], along]), uv).split([3, 1, 3])
-        uv[0] = ((uv[0] + 1) / 2 * (last - first) + first) * (2 / ends) - 1
-        cover, tone, relief = look(who.strands, uv)
-        front = (facing[2] > 0).float()
-        facing = unit(facing * (2 * front - 1) + .25 * relief * column(1, 0, 0))
-        colour = shade(who.hair * tone * (.3 + .7 * front), facing, 0, 1, light, .3)
-        for direction, tint in light[:2]:      # strands shine across their direction
-            sine = (1 - (unit(direction + tensor(0, 0, 1)) @ along + .06 * relief) ** 2).clamp(min=0)
-            amount = (direction @ facing).clamp(min=0).sqrt() * front * tone
-            colour = colour + tint * amount * (.035 * sine ** 30 + (.10 * who.hair + .01) * sine ** 7)
-        image[:, mask] = torch.lerp(image[:, mask], colour, cover * (depth[0] > nearest[mask] - .06))
-
-    # Box filter, exposure, white balance, tone curve.
-    gain = 1.35 * np.exp(n(.12)) * column(1 + n(.04), 1, 1 + n(.04))
-    image = F.avg_pool2d(image[None], 2)[0] * gain[..., None]
-    image = (image * (1 + .12 * image) / (1 + .55 * image)).clamp(0, 1) ** (1 / 2.2)
-    marks = project(at(points, *landmark_points(who.eye, opening)))[:2].T
-    return (image * 255 + .5).to(torch.uint8).numpy(), ((marks + .5) / 2 - .5).numpy()
-
-
-def render_person(size, seed, shots, identity):
-    """All pictures of one person, uint8 (shots,3,size,size), and their landmarks, float32 (shots,68,2)."""
-    faces = [render_face(size, seed, identity, shot) for shot in range(shots)]
-    return np.stack([f[0] for f in faces]), np.stack([f[1] for f in faces])
-
-
-class RenderedFaces(torch.utils.data.Dataset):
-    """Rendered people: item i, a pure function of (seed, i), shows identity i // per_identity.
-
-    They are rendered once, on all cores, and kept in the folder `cache` (default CACHE).
-    """
-
-    def __init__(self, size=128, identities=288, per_identity=6, seed=0, cache=None):
-        self.size, self.per_identity = size, per_identity
-        self.identity = torch.arange(identities).repeat_interleave(per_identity)
-        self.record = np.dtype([("image", "u1", (3, size, size)), ("landmarks", "<f4", (68, 2))])
-        self.fingerprint = f"rendered{FORMAT}-{size}-{identities}x{per_identity}-{seed}"
-        path = Path(cache or CACHE) / f"{self.fingerprint}.npy"
-        self.data = self.read(path)
-        if self.data is None:
-            self.data = self.write(path, self.render(seed, identities))
-
-    def read(self, path):
-        """The cached faces, or None if there are none or the file is damaged."""
-        try:
-            data = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError, SyntaxError):
-            return None
-        return data if data.dtype == self.record and data.shape == (len(self),) else None
-
-    def render(self, seed, identities):
-        """All faces, an identity an item of work for every core."""
-        if len(self) > 64:
-            print(f"rendering {len(self)} faces at {self.size} px ...", file=sys.stderr)
-        data = np.empty((identities, self.per_identity), self.record)
-        nested = multiprocessing.current_process().daemon      # a worker may not start workers
-        workers = 0 if nested else min(os.cpu_count() or 1, identities)
-        loader = torch.utils.data.DataLoader(      # which gives each worker one thread
-            range(identities), batch_size=None, num_workers=workers,
-            collate_fn=functools.partial(render_person, self.size, seed, self.per_identity))
-        for k, (images, landmarks) in enumerate(loader):
-            data[k]["image"], data[k]["landmarks"] = images, landmarks
-        return data.reshape(-1)
-
-    def write(self, path, data):
-        """Cache the faces by way of a temporary file, so that no process ever sees half of one."""
-        try:
-            with replacing(path) as temporary:
-                np.save(temporary, data)
-        except InputError as error:
-            print(f"the rendered faces are kept in memory only: {error}", file=sys.stderr)
-        return data
-
-    def __len__(self):
-        return len(self.identity)
-
-    def __getitem__(self, i):
-        image, landmarks = self.data[i]
-        image = torch.from_numpy(np.array(image)).float() / 127.5 - 1
-        return Face(image, torch.from_numpy(np.array(landmarks)), int(self.identity[i]))
-
-    def landmarks(self, i):
-        """Landmarks (68,2) of item i, without its picture."""
-        return torch.from_numpy(np.array(self.data["landmarks"][i]))
-
-    def damaged(self, i):
-        """Whether item i is another picture than it should be: never."""
-        return False
-
-    def others(self, i):
-        """The other pictures of the person on picture i."""
-        first = i // self.per_identity * self.per_identity
-        return [k for k in range(first, first + self.per_identity) if k != i]
-
-
 class FaceFolder(torch.utils.data.Dataset):
-    """Your pictures: a flat folder (each an identity) or a folder per identity. Items: `Face`s of size×size.
+    """Your pictures: a folder a person, or a flat folder (each picture is a person).
 
-    Landmarks are `photo.jpg.txt` or `photo.txt` beside the picture or in the parallel folder `landmarks`;
-    without any, `aligned` takes every picture for an FFHQ-aligned crop, else the detector is asked. Square
-    pictures are used whole, others are aligned by their landmarks (with `aligned`, their middle is used).
-    What cannot be read is named on stderr and left out; more than 5 % of it is an InputError.
+    Items are `Face`s of size×size. Landmarks are photo.jpg.txt or photo.txt beside the
+    picture, or in the parallel folder `landmarks`. For a picture without any the detector
+    is asked. With `aligned` it is an FFHQ-aligned crop instead and gets the average ones,
+    unless `need_landmarks`. Square pictures are used whole, others are aligned by their
+    landmarks; without landmarks their middle is used. What cannot be read is named on
+    stderr and left out. More than 5 % of it is an InputError.
+
+    identity: tensor of the people's numbers. names[number]: the person's name, that of
+    the folder or file. fingerprint: changes with names, sizes, landmarks and options.
     """
-
-    def __init__(self, root, size=128, landmarks=None, aligned=False):
+    def __init__(self, root, size=128, landmarks=None, aligned=False,
+                 need_landmarks=False, device="cpu"):
         root = Path(root)
         if not root.is_dir():
             raise InputError(f"{root}: no such folder; --data wants a folder of pictures "
@@ -1237,286 +844,275 @@ class FaceFolder(torch.utils.data.Dataset):
         if landmarks is not None and not Path(landmarks).is_dir():
             raise InputError(f"{landmarks}: no such folder of landmark files")
         found = sorted(file for file in (*root.glob("*"), *root.glob("*/*"))
-                       if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."))
+                       if file.suffix.lower() in _IMAGE_SUFFIXES
+                       and not file.name.startswith("."))
         if not found:
-            raise InputError(f"{root}: no pictures in it; {', '.join(sorted(IMAGE_SUFFIXES))} are read")
-        self.size, self.landmark_folder, self.aligned, self.total = size, landmarks, aligned, len(found)
-        self.faults, self.files, self.points = {}, [], []
+            raise InputError(f"{root}: no pictures in it; "
+                             f"{', '.join(sorted(_IMAGE_SUFFIXES))} are read")
+        self.size = size
+        self._total = len(found)
+        self._faults = {}                      # file → what is wrong with it
+        self._files = []
+        self._points = []                      # landmarks in the file's pixels, or None
         for file in found:
             try:
-                self.points.append(self._landmarks(file))
-                self.files.append(file)
+                average = aligned and not need_landmarks
+                points = _read_points(file, landmarks, average, aligned, device)
+                self._points.append(points)
+                self._files.append(file)
             except InputError as error:
                 self._report(file, error)
-        names = [file.parent.name if file.parent != root else f"./{file.name}" for file in self.files]
-        numbers = {name: number for number, name in enumerate(sorted(set(names)))}
-        self.identity = torch.tensor([numbers[name] for name in names])
-        listing = "\n".join(f"{file.relative_to(root)} {file.stat().st_size}" for file in self.files)
-        self.fingerprint = f"{root.name}-{size}-{hashlib.sha256(listing.encode()).hexdigest()[:16]}"
-        self.keep = len(self.files) * 3 * size * size < 2**30      # small sets stay in memory once read
-        self.kept = {}
 
-    def _landmarks(self, file):
-        """Landmarks (68,2) in the file's pixels, None for an aligned crop without; reads only its head."""
-        path, ends = (find_landmarks(file, self.landmark_folder),
-                      {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"})
-        with open(file, "rb") as data:        # a file that was cut off lacks its end: found without decoding
-            data.seek(max(data.seek(0, os.SEEK_END) - 4096, 0))
-            if ends.get(file.suffix.lower(), b"") not in data.read():
-                read_image(file)
-        try:
-            with warnings.catch_warnings(), Image.open(file) as picture:
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                width, height = picture.size
-                exif = picture.format != "PNG" or "exif" in picture.info    # without, a PNG would be decoded
-                if exif and picture.getexif().get(0x0112, 1) >= 5:          # the camera lay on its side
-                    width, height = height, width
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            read_image(file)                                       # says in a sentence what is wrong
-            raise InputError(f"{file}: not a readable picture; replace or remove it") from None
-        if path is not None:
-            return read_landmarks(path, (height, width))
-        return None if self.aligned else detect_landmarks(read_image(file), name=str(file))[0]
+        owners = [file if file.parent == root else file.parent for file in self._files]
+        people = sorted(set(owners))
+        numbers = {person: number for number, person in enumerate(people)}
+        self.names = [person.name for person in people]
+        self.identity = torch.tensor([numbers[owner] for owner in owners])
+        self._pictures = [[] for _ in people]
+        for index, number in enumerate(self.identity.tolist()):
+            self._pictures[number].append(index)
+
+        options = f"aligned {aligned}, landmarks {landmarks is not None}"
+        digest = hashlib.sha256(options.encode())
+        for file, points in zip(self._files, self._points):
+            name = file.relative_to(root).as_posix()
+            digest.update(f"\n{name} {file.stat().st_size}\n".encode())
+            digest.update(b"" if points is None else points.numpy().tobytes())
+        self.fingerprint = f"folder-{size}-{digest.hexdigest()[:16]}"
+        self._keep = len(self._files) * 3 * size * size < 2**30      # bytes, in memory
+        self._kept = {}
 
     def _report(self, file, error):
-        self.faults[file] = str(error)
-        if len(self.faults) > 0.05 * self.total:
-            listed = "; ".join(list(self.faults.values())[:3])
-            raise InputError(f"{len(self.faults)} of {self.total} pictures cannot be used (more than 5 %): "
-                             f"{listed}")
+        self._faults[file] = str(error)
+        if len(self._faults) > 0.05 * self._total:
+            listed = "; ".join(list(self._faults.values())[:3])
+            raise InputError(f"{len(self._faults)} of {self._total} pictures cannot be "
+                             f"used (more than 5 %): {listed}")
         print(f"left out: {error}", file=sys.stderr)
 
     def _load(self, index):
-        image, landmarks = read_image(self.files[index]), self.points[index]
+        """The picture, uint8 (3,size,size), and its landmarks (68,2) there."""
+        image = read_image(self._files[index])
+        landmarks = self._points[index]
         height, width = image.shape[1:]
         if height != width and landmarks is not None:
             image, landmarks, _ = align_face(image, landmarks, self.size)
             return to_uint8(image), landmarks
-        side, left, top = (min(height, width), (width - min(height, width)) // 2,
-                           (height - min(height, width)) // 2)
+        side = min(height, width)
+        left = (width - side) // 2
+        top = (height - side) // 2
         image = image[:, top:top + side, left:left + side]
         if side != self.size:
-            image = F.interpolate(image[None], (self.size, self.size), mode="bicubic", antialias=True)[0]
+            image = F.interpolate(image[None], (self.size, self.size), mode="bicubic",
+                                  antialias=True)[0]
         if landmarks is None:
             return to_uint8(image), mean_landmarks(self.size)
-        return to_uint8(image), (landmarks - torch.tensor([left, top]) + 0.5) * self.size / side - 0.5
+        landmarks = landmarks - torch.tensor([left, top])
+        return to_uint8(image), (landmarks + 0.5) * self.size / side - 0.5
 
     def __len__(self):
-        return len(self.files)
+        return len(self._files)
 
     def __getitem__(self, index):
-        if index in self.kept:
-            image, landmarks = self.kept[index]
+        if index in self._kept:
+            image, landmarks = self._kept[index]
         else:
             try:
                 image, landmarks = self._load(index)
             except InputError as error:
-                if self.files[index] not in self.faults:
-                    self._report(self.files[index], error)
-                others = [i for i in self.others(index) if self.files[i] not in self.faults]
-                if not others:
-                    raise InputError(f"{error} (there is no other picture of this identity "
-                                     "to take its place)") from None
-                return self[others[0]]                           # the same person: no held-out face slips in
-            if self.keep:
-                self.kept[index] = image, landmarks
+                if not self.damaged(index):
+                    self._report(self._files[index], error)
+                whole = [i for i in self.others(index) if not self.damaged(i)]
+                if not whole:
+                    raise InputError(f"{error} (there is no other picture of this "
+                                     "identity to take its place)") from None
+                return self[whole[0]]        # the same person: no held-out face slips in
+            if self._keep:
+                self._kept[index] = image, landmarks
         return Face(image.float() / 127.5 - 1, landmarks, int(self.identity[index]))
 
     def landmarks(self, index):
-        """Landmarks (68,2) of item `index`, in the pixels of its file, without reading the picture."""
-        return mean_landmarks(self.size) if self.points[index] is None else self.points[index]
+        """Landmarks (68,2) in the pixels of the file; the picture is not read."""
+        points = self._points[index]
+        return mean_landmarks(self.size) if points is None else points
 
     def damaged(self, index):
-        """Whether the picture, once read, was found damaged, and another of the person took its place."""
-        return self.files[index] in self.faults
+        """Whether the picture was found damaged, so that another took its place."""
+        return self._files[index] in self._faults
 
     def others(self, index):
-        """Indices of the other pictures of the same identity."""
-        return [i for i in torch.nonzero(self.identity == self.identity[index])[:, 0].tolist() if i != index]
+        """Indices of the other pictures of the same person."""
+        return [i for i in self._pictures[self.identity[index]] if i != index]
 
 
-def split_identities(faces, seed=0):
-    """Indices (train, validation, test) of `faces`, no identity in two: about 88, 4, 8 % of identities."""
-    names = faces.identity.unique()
-    if len(names) < 3:
-        raise InputError(f"{len(names)} identities are too few to train and to hold some out; "
-                         "at least 3 are needed")
-    names = names[torch.randperm(len(names), generator=seeded(seed, 0))]
-    tests, validations = max(round(0.08 * len(names)), 1), max(round(0.04 * len(names)), 1)
-    parts = names[tests + validations:], names[tests:tests + validations], names[:tests]
-    return [torch.nonzero(torch.isin(faces.identity, part))[:, 0].tolist() for part in parts]
+def _read_points(file, folder, average, aligned, device):
+    """Landmarks (68,2) in the file's pixels; None if the `average` ones will do."""
+    size = _picture_size(file)
+    path = _find_landmarks(file, folder)
+    if path is not None:
+        return read_landmarks(path, size)
+    if average:
+        return None
+    return detect_landmarks(read_image(file), device, file, aligned)[0]
+
+
+def _picture_size(file):
+    """(height, width) of a picture as it is seen, read from its head alone."""
+    ends = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"}
+    with open(file, "rb") as data:              # a file that was cut off lacks its end
+        data.seek(max(data.seek(0, os.SEEK_END) - 4096, 0))
+        if ends.get(file.suffix.lower(), b"") not in data.read():
+            read_image(file)
+    try:
+        with warnings.catch_warnings(), Image.open(file) as picture:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            width, height = picture.size
+            # Asking a PNG without EXIF for its EXIF would decode it.
+            exif = picture.format != "PNG" or "exif" in picture.info
+            if exif and picture.getexif().get(0x0112, 1) >= 5:      # the camera lay
+                return width, height
+            return height, width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        read_image(file)                              # says in a sentence what is wrong
+        raise InputError(f"{file}: not a readable picture; "
+                         "replace or remove it") from None
+
+
+def split_identities(faces):
+    """Indices of the pictures for training, for validation and for testing.
+
+    A person's name decides: hashed to a share of [0,1), it is test below 0.08, validation
+    from there to 0.12, training above. More people never make a trained person a test
+    person. Where no one is test the smallest share is; where no one is validation the
+    second smallest is.
+    """
+    def share(name):
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+    shares = {number: share(name) for number, name in enumerate(faces.names)}
+    if len(shares) < 3:
+        raise InputError(f"{len(shares)} identities are too few to train and to hold "
+                         "some out; at least 3 are needed")
+    order = sorted(shares, key=shares.get)
+    test = {number for number in order if shares[number] < 0.08} or {order[0]}
+    validation = {number for number in order if 0.08 <= shares[number] < 0.12} - test
+    validation = validation or {order[1]}
+    test = test - validation
+    people = set(order) - validation - test
+    if not people:
+        raise InputError(f"the names of all {len(order)} identities put them among those "
+                         "held out; add people to train on")
+    parts = people, validation, test
+    identity = faces.identity.tolist()
+    return [[i for i, number in enumerate(identity) if number in part] for part in parts]
 
 
 def stack_faces(faces, indices):
     """faces[i] for i in indices → images (B,3,H,W), landmarks (B,68,2)."""
     chosen = [faces[i] for i in indices]
-    return torch.stack([face.image for face in chosen]), torch.stack([face.landmarks for face in chosen])
+    images = torch.stack([face.image for face in chosen])
+    return images, torch.stack([face.landmarks for face in chosen])
 
 
 def stack_person(faces, indices):
-    """stack_faces of a picture and, behind it, others of the same person that shall guide it: where one is
-    damaged, another of the person takes its place, and what comes first never stands behind as well."""
-    loaded, wanted = {}, max(len(set(indices)), 2)
+    """stack_faces of a picture and, behind it, others of the person that shall guide it.
+
+    Where one is damaged another of the person takes its place. The first never stands
+    behind as well.
+    """
+    wanted = max(len(set(indices)), 2)
+    whole = {}                                 # index → Face
     for i in dict.fromkeys([*indices, *faces.others(indices[0])]):
         face = faces[i]
         if not faces.damaged(i):
-            loaded[i] = face
-        if len(loaded) == wanted:
+            whole[i] = face
+        if len(whole) == wanted:
             break
-    if len(loaded) < 2:
-        raise InputError(f"person {int(faces.identity[indices[0]])} has no two readable pictures, one to "
-                         "restore and one to guide; see the lines `left out` above, and remove the folder")
-    first = indices[0] if indices[0] in loaded else next(iter(loaded))
-    rest = [i for i in loaded if i != first]
-    chosen = [first, *(i if i in rest else rest[k % len(rest)] for k, i in enumerate(indices[1:]))]
-    return (torch.stack([loaded[i].image for i in chosen]),
-            torch.stack([loaded[i].landmarks for i in chosen]))
+    if len(whole) < 2:
+        name = faces.names[faces.identity[indices[0]]]
+        raise InputError(f"{name} has no two readable pictures, one to restore and one "
+                         "to guide; see `left out` above, and remove the folder")
+    first = indices[0] if indices[0] in whole else next(iter(whole))
+    guides = [i for i in whole if i != first]
+    chosen = [first]
+    for place, i in enumerate(indices[1:]):
+        chosen.append(i if i in guides else guides[place % len(guides)])
+    images = torch.stack([whole[i].image for i in chosen])
+    return images, torch.stack([whole[i].landmarks for i in chosen])
 
 
-def spread(indices, count):
-    """At most `count` of the indices, evenly spaced: a bounded test set that still meets every identity."""
-    return ([indices[i * len(indices) // count] for i in range(count)] if len(indices) > count
-            else list(indices))
+def spread(indices, limit):
+    """At most `limit` of the indices, evenly spaced; None: all of them."""
+    if limit is None or len(indices) <= limit:
+        return list(indices)
+    return [indices[k * len(indices) // limit] for k in range(limit)]
 
 
-# -----------------------------------------------------------------------------------------------------------
-# 5. Metrics
-# -----------------------------------------------------------------------------------------------------------
+def augment(images, landmarks, generator, crop=0.05, jitter=0.0):
+    """Random crop, flip, brightness and contrast of one person's pictures (N,3,H,W).
 
-def psnr(restored, target):
-    """Peak signal-to-noise ratios in dB, (B,3,H,W) in [-1,1] → (B,). All pixels, all channels, peak 2."""
-    return -10 * torch.log10((restored.float() - target.float()).square().mean((1, 2, 3)) / 4)
-
-
-def ssim(restored, target):
-    """Structural similarity of each image, (B,3,H,W) in [-1,1] → (B,). Wang et al. (2004): Gaussian window
-    11×11, σ 1.5, K1 0.01, K2 0.03, on RGB, averaged over the channels and where the window fits."""
-    taps = torch.exp(-(torch.arange(11, device=restored.device) - 5.0) ** 2 / (2 * 1.5**2))
-    taps = (taps / taps.sum()).view(1, 1, 1, 11)
-    x, y = (image.double().flatten(0, 1)[:, None] for image in (restored, target))
-
-    def window(image):
-        return F.conv2d(F.conv2d(image, taps.double()), taps.double().transpose(2, 3))
-
-    mean_x, mean_y, c1, c2 = window(x), window(y), (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    var_x, var_y, cov = window(x * x) - mean_x**2, window(y * y) - mean_y**2, window(x * y) - mean_x * mean_y
-    index = ((2 * mean_x * mean_y + c1) * (2 * cov + c2)
-             / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)))
-    return index.view(len(restored), -1).mean(1).float()
-
-
-def paired_gain(restored, baseline, seed=0):
-    """Mean of the per-face differences and its 95 % interval, by 2,000 bootstrap resamples of the faces."""
-    difference = (restored - baseline).double().cpu()
-    index = torch.randint(len(difference), (2000, len(difference)), generator=seeded(seed, 9))
-    low, high = torch.quantile(difference[index].mean(1),
-                               torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
-    return {"mean": difference.mean().item(), "ci95": [low, high]}
-
-
-def load_published(module, path, name, source, rename=None):
-    """Fill `module` with published weights the user has downloaded; a missing file says where to get it."""
-    if path is None or not Path(path).is_file():
-        raise InputError(f"{name} needs its published weights{f' ({path} is missing)' if path else ''}: "
-                         f"download {source}")
-    state = load_weights(path)
-    state = {rename(key) if rename else key: value for key, value in state.items()}
-    own = module.state_dict()
-    own = {key: value for key, value in own.items() if not key.endswith("num_batches_tracked")}
-    wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
-    if wrong:
-        raise InputError(f"{path}: not the weights of {name} ({wrong[0]} does not fit); download {source}")
-    module.load_state_dict({key: state[key] for key in own}, strict=False)
-    return module.eval().requires_grad_(False)
-
-
-class LPIPS(nn.Module):
-    """Learned perceptual distance, version 0.1 on AlexNet (Zhang et al. 2018), (B,3,H,W) in [-1,1] → (B,).
-
-    `backbone` is torchvision's alexnet-owt-7be5be79.pth, `linear` the authors' weights/v0.1/alex.pth.
+    landmarks (N,68,2) follow. All are flipped or none; the rest is drawn for each. Scale
+    and place change by up to `crop` of the size, brightness and contrast by up to
+    `jitter` (of a range of -1 to 1).
     """
-    def __init__(self, backbone, linear):
-        super().__init__()
-        self.features = torchvision.models.alexnet(weights=None).features
-        self.linear = nn.ParameterList([nn.Parameter(torch.zeros(1, c, 1, 1))
-                                        for c in (64, 192, 384, 256, 256)])
-        load_published(self.features, backbone, "LPIPS", "alexnet-owt-7be5be79.pth from "
-                       "download.pytorch.org/models", lambda key: key.removeprefix("features."))
-        load_published(self.linear, linear, "LPIPS", "weights/v0.1/alex.pth from github.com/richzhang/"
-                       "PerceptualSimilarity", lambda key: key.removeprefix("lin").split(".")[0])
-        self.eval().requires_grad_(False)
+    count = len(images)
+    size = images.shape[-1]
+    scale = 1 + crop * torch.rand(count, generator=generator)
+    corner = (scale - 1)[:, None] * size * torch.rand(count, 2, generator=generator)
+    drawn = torch.rand(2, count, 1, 1, 1, generator=generator)
+    light, contrast = jitter * (2 * drawn - 1)
+    flip = torch.rand((), generator=generator) < 0.5
 
-    def forward(self, restored, target):
-        mean = torch.tensor([-0.030, -0.088, -0.188], device=restored.device).view(1, 3, 1, 1)
-        deviation = torch.tensor([0.458, 0.448, 0.450], device=restored.device).view(1, 3, 1, 1)
-        x, distance = (torch.cat([restored, target]) - mean) / deviation, 0
-        taken = {1: 0, 4: 1, 7: 2, 9: 3, 11: 4}                     # AlexNet's five ReLUs
-        for index, layer in enumerate(self.features):
-            x = layer(x)
-            if index in taken:
-                one, two = (x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)).chunk(2)
-                distance = distance + ((one - two).square() * self.linear[taken[index]]).sum(1).mean((1, 2))
-        return distance
+    matrix = torch.zeros(count, 2, 3)
+    matrix[:, 0, 0] = 1 / scale
+    matrix[:, 1, 1] = 1 / scale
+    matrix[:, :, 2] = (2 * corner / size + 1) / scale[:, None] - 1
+    grid = F.affine_grid(matrix, images.shape, align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    landmarks = (landmarks + 0.5) * scale[:, None, None] - corner[:, None] - 0.5
 
-
-def frechet_distance(first, second):
-    """Fréchet distance of Gaussians fit to features (N,D), (M,D): |μ1−μ2|² + tr(C1 + C2 − 2 (C1 C2)^½)."""
-    (one, mean1), (two, mean2) = (((x.double() - x.double().mean(0)) / (len(x) - 1) ** 0.5,
-                                   x.double().mean(0)) for x in (first, second))
-    root = torch.linalg.svdvals(one @ two.T).sum()          # tr (C1 C2)^½ with C = AᵀA, without D×D matrices
-    return ((mean1 - mean2).square().sum() + one.square().sum() + two.square().sum() - 2 * root).item()
+    middle = images.mean((1, 2, 3), keepdim=True)
+    images = ((images - middle) * (1 + contrast) + middle + light).clamp(-1, 1)
+    if flip:
+        return _mirror(images, landmarks)
+    return images, landmarks
 
 
-class FID:
-    """Fréchet Inception distance (Heusel et al. 2017) with the original weights ported to PyTorch
-    (pt_inception-2015-12-05-6726825d.pth). `fid(images, references)`: iterables of (B,3,H,W) in [-1,1]."""
+def _mirror(images, landmarks):
+    """Flip faces (N,3,H,W), (N,68,2); the points follow the 68-point scheme again."""
+    flipped = landmarks[:, _MIRRORED].clone()
+    flipped[..., 0] = images.shape[-1] - 1 - flipped[..., 0]
+    return images.flip(3), flipped
 
-    def __init__(self, weights, device="cpu"):
-        net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False,
-                                              init_weights=False)
-        load_published(net, weights, "FID",
-                       "pt_inception-2015-12-05-6726825d.pth from github.com/mseitzer/pytorch-fid")
-        for name, block in net.named_children():              # where the original differs from torchvision's
-            if hasattr(block, "branch_pool") and isinstance(block.branch_pool, nn.Module):
-                self._repair(block, F.max_pool2d if name == "Mixed_7c" else
-                             functools.partial(F.avg_pool2d, count_include_pad=False))
-        net.fc, self.net, self.device = nn.Identity(), net.to(device), device
 
-    @staticmethod
-    def _repair(block, pool):
-        """Have a block's pooling branch pool otherwise: keep its input, hand the branch its pooled form."""
-        kept = {}
-        block.register_forward_pre_hook(lambda module, inputs: kept.update(x=inputs[0]))
-        block.branch_pool.register_forward_pre_hook(
-            lambda module, inputs: (pool(kept["x"], 3, stride=1, padding=1),))
-
-    @torch.inference_mode()
-    def features(self, batches):
-        resized = (F.interpolate(b.to(self.device), (299, 299), mode="bilinear", align_corners=False)
-                   for b in batches)
-        return torch.cat([self.net(images).cpu() for images in resized])
-
-    def __call__(self, images, references):
-        return frechet_distance(self.features(images), self.features(references))
-
+# --------------------------------------------------------------------------------------
+# 6. Recognition networks
+# --------------------------------------------------------------------------------------
 
 class Recogniser(nn.Module):
-    """A small VGG-style face recognition network: four stages of two convolutions, then an embedding.
+    """A small VGG-style face recognition network, in place of VGG-Face and ArcFace.
 
-    forward: (B,3,H,W) in [-1,1] → unit vectors (B,128). features: → the four stages' maps, of H/2, H/4, H/8
-    and H/16 and `widths` channels, after ReLU. It stands in for the papers' VGG-Face and ArcFace.
+    Four stages of two convolutions, then an embedding. forward: (B,3,H,W) in [-1,1] →
+    unit vectors (B,128). features: → the four stages' maps after ReLU, of H/2, H/4, H/8
+    and H/16 and `widths` channels.
     """
-
     def __init__(self, widths=(32, 48, 64, 96), input_size=64):
         super().__init__()
-        self.widths, self.input_size, self.accuracy = tuple(widths), input_size, None
+        self.arguments = {"widths": tuple(widths), "input_size": input_size}
+        self.widths = tuple(widths)
+        self.input_size = input_size
+        self.accuracy = None
         self.stages = nn.ModuleList()
-        for before, width in zip((3, *widths), widths):
+        before = 3
+        for width in widths:
+            stride = 2 if before == 3 else 1
             self.stages.append(nn.Sequential(
-                nn.Conv2d(before, width, 3, stride=2 if before == 3 else 1, padding=1),
+                nn.Conv2d(before, width, 3, stride=stride, padding=1),
                 nn.BatchNorm2d(width), nn.ReLU(),
                 nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()))
-        self.embed = nn.Sequential(nn.Dropout(0.2), nn.Linear(widths[-1] * (input_size // 16) ** 2, 128),
+            before = width
+        cells = (input_size // 16) ** 2
+        self.embed = nn.Sequential(nn.Dropout(0.2), nn.Linear(widths[-1] * cells, 128),
                                    nn.BatchNorm1d(128))
 
     def features(self, x):
@@ -1529,16 +1125,16 @@ class Recogniser(nn.Module):
     def forward(self, x):
         if x.shape[-1] != self.input_size:
             x = F.interpolate(x, (self.input_size,) * 2, mode="bilinear", antialias=True)
-        if not self.training:                # a face and its mirror image are the same person: average both
-            return F.normalize(self.embedded(x) + self.embedded(x.flip(3)), dim=1)
-        return F.normalize(self.embedded(x), dim=1)
+        embedding = self._embedding(x)
+        if not self.training:           # a face and its mirror image are the same person
+            embedding = embedding + self._embedding(x.flip(3))
+        return F.normalize(embedding, dim=1)
 
-    def embedded(self, x):
-        """The embedding before it is scaled to length 1."""
+    def _embedding(self, x):
         return self.embed(self.features(x)[-1].flatten(1)).float()
 
     def folded(self):
-        """The same function in evaluation mode with every BatchNorm folded into its convolution; frozen."""
+        """A frozen copy for inference; each BatchNorm is folded into its convolution."""
         net = copy.deepcopy(self).eval()
         for stage in net.stages:
             for i in (0, 3):
@@ -1548,84 +1144,119 @@ class Recogniser(nn.Module):
 
 
 def angular_margin_loss(embedding, centres, label, margin=0.3, scale=24.0):
-    """ArcFace (Deng et al. 2019): cross-entropy of scale · cos(θ + margin · [true class]); (B,D) unit
-    vectors, (K,D)."""
+    """Cross-entropy of scale · cos(θ + margin · [true class]) (ArcFace, Deng et al. 2019)
+
+    embedding: unit vectors (B,D); centres (K,D); label (B,).
+    """
     cosine = (embedding @ F.normalize(centres, dim=1).T).clamp(-1 + 1e-6, 1 - 1e-6)
     true = F.one_hot(label, len(centres)).bool()
-    return F.cross_entropy(scale * torch.where(true, torch.cos(cosine.arccos() + margin), cosine), label)
+    logits = torch.where(true, torch.cos(cosine.arccos() + margin), cosine)
+    return F.cross_entropy(scale * logits, label)
 
 
-def verification_accuracy(embeddings, identity, seed=0):
-    """Share of right same/different answers on all same-identity pairs and as many others, in two folds of
-    the identities: the threshold that is best on one fold is applied to the other."""
-    one, two = torch.triu_indices(len(identity), len(identity), 1)
-    same, cosine = identity[one] == identity[two], (embeddings[one] * embeddings[two]).sum(1)
-    other = torch.nonzero(~same)[:, 0]
-    other = other[torch.randperm(len(other), generator=seeded(seed, 1))[:int(same.sum())]]
-    chosen = torch.cat([torch.nonzero(same)[:, 0], other])
-    same, cosine, fold = same[chosen], cosine[chosen], (identity[one] % 2)[chosen] == 0
-    right, count = 0, 0
-    for part in (fold, ~fold):
-        thresholds = torch.linspace(-1, 1, 401)
-        accuracy = ((cosine[~part, None] > thresholds) == same[~part, None]).float().mean(0)
-        threshold = thresholds[accuracy == accuracy.max()].mean()           # the middle of the best ones
-        right += ((cosine[part] > threshold) == same[part]).sum().item()
-        count += int(part.sum())
-    return right / count
+def _verification_accuracy(embeddings, identity, seed=0):
+    """Share of right answers to "the same person?", on all such pairs and as many others.
 
-
-RECOGNISERS = {"loss": dict(widths=(32, 48, 64, 96), seed=0),
-               "metric": dict(widths=(32, 48, 80, 112), seed=1)}
-
-
-def recogniser(faces, purpose="loss", epochs=24, batch=64, quiet=False):
-    """Train (or take from cache) a face recognition network on the training identities of `faces`; frozen.
-
-    purpose "loss" serves losses and encoders; "metric", another seed and other widths, serves
-    `identity_distance`, so that no method is measured with the network that trained it. `.accuracy` is its
-    verification accuracy on held-out identities. Pictures without identities (a flat folder) cannot train
-    one: rendered faces do, and a line says so.
+    Two folds of the people: the threshold that is best on one is applied to the other.
     """
-    if len(faces.identity.unique()) > len(faces) / 2:
+    one, two = torch.triu_indices(len(identity), len(identity), 1)
+    same = identity[one] == identity[two]
+    cosine = (embeddings[one] * embeddings[two]).sum(1)
+    other = torch.nonzero(~same)[:, 0]
+    drawn = torch.randperm(len(other), generator=seeded(seed, 1))[:int(same.sum())]
+    chosen = torch.cat([torch.nonzero(same)[:, 0], other[drawn]])
+    same = same[chosen]
+    cosine = cosine[chosen]
+    even = (identity[one] % 2)[chosen] == 0
+    thresholds = torch.linspace(-1, 1, 401)
+    right = 0
+    for fold in (even, ~even):
+        answers = cosine[~fold, None] > thresholds
+        accuracy = (answers == same[~fold, None]).float().mean(0)
+        threshold = thresholds[accuracy == accuracy.max()].mean()     # middle of the best
+        right += ((cosine[fold] > threshold) == same[fold]).sum().item()
+    return right / len(same)
+
+
+_RECOGNISERS = {"loss": {"widths": (32, 48, 64, 96), "seed": 0},
+                "metric": {"widths": (32, 48, 80, 112), "seed": 1}}
+
+
+def recogniser(faces, purpose="loss", device="cpu", epochs=24, batch=64, quiet=False):
+    """A face recognition network for `faces`, from the cache or trained; on the CPU.
+
+    It learns the training people of `faces`, on `device`, and is frozen. purpose "loss"
+    serves losses and encoders. "metric", of another seed and other widths, serves
+    `identity_distance`: no method is measured with the network that trained it.
+    `.accuracy` is its verification accuracy on the other people. A flat folder has no
+    people to learn from: rendered faces take its place, and a line says so.
+    """
+    if len(faces.names) > len(faces) / 2:
         if not quiet:
-            print("these pictures carry no identities: the recogniser is trained on rendered faces",
-                  file=sys.stderr)
+            print("these pictures carry no identities: "
+                  "the recogniser is trained on rendered faces", file=sys.stderr)
         faces = RenderedFaces()
-    widths, seed = RECOGNISERS[purpose]["widths"], RECOGNISERS[purpose]["seed"]
-    net = Recogniser(widths)
-    path = CACHE / f"recogniser-2-{'-'.join(map(str, widths))}-{epochs}x{batch}-{faces.fingerprint}.pt"
+    path = CACHE / f"recogniser-3-{purpose}-{epochs}x{batch}-{faces.fingerprint}.pt"
+    with first():
+        net = _read_recogniser(path, purpose)
+        if net is None:
+            net = _train_recogniser(faces, purpose, device, epochs, batch, quiet)
+            with contextlib.suppress(InputError):        # without a cache it takes longer
+                save_checkpoint(path, {"net": net.state_dict(), "accuracy": net.accuracy})
+    return net.folded()
+
+
+def _read_recogniser(path, purpose):
+    """The cached network, or None: there is none, or it is damaged."""
+    net = Recogniser(_RECOGNISERS[purpose]["widths"])
     if path.is_file():
-        with contextlib.suppress(InputError):                       # a damaged cache is trained anew
-            state = load_weights(path)
-            net.accuracy = state.pop("accuracy")
-            net.load_state_dict(state)
-            return net.folded()
-    device = choose_device("auto")
-    train, validation, test = split_identities(faces)
-    images, identity = torch.stack([
-        to_uint8(F.interpolate(faces[i].image[None], (64, 64), mode="bilinear", antialias=True)[0])
-        for i in train]).to(device), faces.identity[train]
-    label = torch.searchsorted(identity.unique(), identity).to(device)
+        with contextlib.suppress(InputError, KeyError, TypeError, RuntimeError):
+            cached = load_weights(path)
+            net.load_state_dict(cached["net"])
+            net.accuracy = cached["accuracy"]
+            return net.eval()
+    return None
+
+
+def _train_recogniser(faces, purpose, device, epochs, batch, quiet):
+    widths = _RECOGNISERS[purpose]["widths"]
+    seed = _RECOGNISERS[purpose]["seed"]
+    people, validation, test = split_identities(faces)
+    small = []
+    for i in people:
+        image = faces[i].image[None]
+        image = F.interpolate(image, (64, 64), mode="bilinear", antialias=True)[0]
+        small.append(to_uint8(image))
+    images = torch.stack(small).to(device)
+    identity = faces.identity[people]
+    centre = identity.unique()
+    label = torch.searchsorted(centre, identity).to(device)
     batch = min(batch, len(images))
     steps = epochs * len(images) // batch
+    generator = seeded(seed, 2)
+    rounds = steps * batch // len(images) + 1
+    order = torch.cat([torch.randperm(len(images), generator=generator)
+                       for _ in range(rounds)])
+    progress = Progress(f"recogniser for {purpose}", steps, quiet=quiet)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = Recogniser(widths).to(device, memory_format=torch.channels_last)
-        centres = nn.Parameter(torch.randn(len(identity.unique()), 128, device=device) * 0.1)
-        optimizer = torch.optim.AdamW([*net.parameters(), centres], lr=3e-3, weight_decay=0.02)
+        centres = nn.Parameter(torch.randn(len(centre), 128, device=device) * 0.1)
+        optimizer = torch.optim.AdamW([*net.parameters(), centres], lr=3e-3,
+                                      weight_decay=0.02)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-        generator, progress = seeded(seed, 2), Progress(f"recogniser for {purpose}", steps, quiet=quiet)
-        order = torch.cat([torch.randperm(len(images), generator=generator)
-                           for _ in range(steps * batch // len(images) + 1)])
         for step in range(steps):
             index = order[step * batch:(step + 1) * batch].to(device)
             x = images[index].float() / 127.5 - 1
-            low = [64, 64, 64, 48, 32, 20][int(torch.randint(6, (), generator=generator))]     # blurred too
+            # It shall know blurred faces, too, and faces that lie a little off.
+            low = [64, 64, 64, 48, 32, 20][int(torch.randint(6, (), generator=generator))]
             left, top = torch.randint(-3, 4, (2,), generator=generator).tolist()
             if low < 64:
-                x = F.interpolate(F.interpolate(x, (low, low), mode="bilinear", antialias=True), (64, 64),
-                                  mode="bilinear")
-            x = torch.roll(x.flip(3) if step % 2 else x, (top, left), (2, 3))
+                x = F.interpolate(x, (low, low), mode="bilinear", antialias=True)
+                x = F.interpolate(x, (64, 64), mode="bilinear")
+            if step % 2:
+                x = x.flip(3)
+            x = torch.roll(x, (top, left), (2, 3))
             with autocast(device):
                 embedding = net(x.contiguous(memory_format=torch.channels_last))
             loss = angular_margin_loss(embedding, centres, label[index])
@@ -1635,242 +1266,448 @@ def recogniser(faces, purpose="loss", epochs=24, batch=64, quiet=False):
             schedule.step()
             if step % 20 == 0:
                 progress.update(step, f"loss {loss.item():.2f}")
-    net = net.eval().cpu().to(memory_format=torch.contiguous_format)      # as a cached one: equal to the bit
+    # As one from the cache, equal to the bit.
+    net = net.eval().cpu().to(memory_format=torch.contiguous_format)
+
     held = spread(validation + test, 400)
+    embeddings = []
     with torch.inference_mode():
-        embeddings = torch.cat([net(stack_faces(faces, held[i:i + 64])[0]) for i in range(0, len(held), 64)])
-    net.accuracy = verification_accuracy(
-        embeddings, torch.searchsorted(faces.identity[held].unique(), faces.identity[held]))
-    progress.close(f"verification accuracy on {len(faces.identity[held].unique())} held-out identities "
+        for start in range(0, len(held), 64):
+            embeddings.append(net(stack_faces(faces, held[start:start + 64])[0]))
+    identity = faces.identity[held]
+    others = identity.unique()
+    net.accuracy = _verification_accuracy(torch.cat(embeddings),
+                                          torch.searchsorted(others, identity))
+    progress.close(f"verification accuracy on {len(others)} held-out identities "
                    f"{net.accuracy:.1%}")
-    with contextlib.suppress(InputError):                    # a cache that cannot be written costs time only
-        save_checkpoint(path, {**net.state_dict(), "accuracy": net.accuracy})
-    return net.folded()
+    return net
 
 
 class VGG(nn.Module):
-    """The convolutions of VGG-16 or -19; four maps: the last of blocks 2 to 5, at 1/2 … 1/16 of the size.
+    """The convolutions of VGG-16 or -19, frozen. Input (B,3,H,W) RGB in [-1,1].
 
-    After ReLU, the last one only with `last_relu`. Input RGB in [-1,1]; `face` turns it into VGG-Face's, BGR
-    in 0 … 255 without the mean face colour, else it is ImageNet's.
+    features: → four maps, the last of blocks 2 to 5, at 1/2 … 1/16 of the size, after
+    ReLU (the last one only with `last_relu`). `face`: the network reads VGG-Face's input,
+    BGR in 0 … 255 less the mean face colour; else ImageNet's.
     """
     widths = (128, 256, 512, 512)
 
     def __init__(self, per_block=(2, 2, 4, 4, 4), face=False, last_relu=True):
         super().__init__()
-        self.arguments = {"per_block": tuple(per_block), "face": face, "last_relu": last_relu}
-        mean, deviation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if not face else (
-            (129.1863 / 255, 104.7624 / 255, 93.5940 / 255), (1 / 255,) * 3)
+        self.arguments = {"per_block": tuple(per_block), "face": face,
+                          "last_relu": last_relu}
+        mean = (0.485, 0.456, 0.406)
+        deviation = (0.229, 0.224, 0.225)
+        if face:
+            mean = (129.1863 / 255, 104.7624 / 255, 93.5940 / 255)
+            deviation = (1 / 255, 1 / 255, 1 / 255)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("deviation", torch.tensor(deviation).view(1, 3, 1, 1))
-        before, self.blocks = 3, nn.ModuleList()
+        self.blocks = nn.ModuleList()
+        before = 3
         for count, width in zip(per_block, (64, 128, 256, 512, 512)):
-            self.blocks.append(nn.ModuleList(
-                nn.Conv2d(width if i else before, width, 3, padding=1) for i in range(count)))
-            before = width
+            block = nn.ModuleList()
+            for _ in range(count):
+                block.append(nn.Conv2d(before, width, 3, padding=1))
+                before = width
+            self.blocks.append(block)
         self.eval().requires_grad_(False)
 
     def features(self, x):
-        x, maps = ((x + 1) / 2 - self.mean) / self.deviation, []
-        x = x.flip(1) if self.arguments["face"] else x
+        x = ((x + 1) / 2 - self.mean) / self.deviation
+        if self.arguments["face"]:
+            x = x.flip(1)
+        maps = []
         for index, block in enumerate(self.blocks):
-            x = F.max_pool2d(x, 2) if index else x
+            if index > 0:
+                x = F.max_pool2d(x, 2)
             for layer in block[:-1]:
                 x = F.relu(layer(x), inplace=True)
             x = block[-1](x)
-            x = F.relu(x, inplace=True) if index < 4 or self.arguments["last_relu"] else x
+            if index < 4 or self.arguments["last_relu"]:
+                x = F.relu(x, inplace=True)
             maps.append(x)
         return maps[1:]
 
 
-def load_vgg(file, last_relu=True):
-    """VGG-Face from a state dict of any naming (its 3×3 kernels are taken in order), or, without a file,
-    torchvision's VGG-19 trained on ImageNet, saying so."""
-    if file is not None:
-        state = load_weights(file)
+def _load_vgg(file=None, last_relu=True):
+    """VGG-Face from a file; without one torchvision's VGG-19, trained on ImageNet.
+
+    A file's 3×3 kernels are taken in their order. torchvision's own files are known by
+    their names and get ImageNet's input, all others VGG-Face's.
+    """
+    if file is None:
+        print("no --vggface file: torchvision's VGG-19 (ImageNet) is the encoder",
+              file=sys.stderr)
+        state = _torchvision_weights("VGG19_Weights.IMAGENET1K_V1")
     else:
-        print("no --vggface file: torchvision's VGG-19 (ImageNet) is the encoder", file=sys.stderr)
-        try:
-            state = torchvision.models.vgg19(weights="IMAGENET1K_V1").state_dict()
-        except OSError as error:
-            raise InputError("VGG-19 could not be downloaded; put vgg19-dcbb9e9d.pth from "
-                             f"download.pytorch.org/models into {torch.hub.get_dir()}/checkpoints, "
-                             f"or name a --vggface file ({error})") from None
-    names = [name for name, value in state.items() if torch.is_tensor(value) and value.ndim == 4]
-    net = VGG((2, 2, 3, 3, 3) if len(names) == 13 else (2, 2, 4, 4, 4), face=file is not None,
-              last_relu=last_relu)
-    convolutions = [layer for block in net.blocks for layer in block]
-    if [state[name].shape for name in names] != [layer.weight.shape for layer in convolutions]:
-        raise InputError(f"{file}: neither VGG-16 (VGG-Face) nor VGG-19; "
-                         "the state dict needs their 13 or 16 3×3 kernels")
-    for layer, name in zip(convolutions, names):
-        layer.load_state_dict({"weight": state[name], "bias": state[name.removesuffix("weight") + "bias"]})
+        state = read_published(file, "VGG-Face's weights")
+    kernels = [name for name, value in state.items() if value.ndim == 4]
+    count = len(kernels)
+    torchvisions = all(re.fullmatch(r"features\.\d+\.weight", name) for name in kernels)
+    classes = len(state.get("classifier.6.bias", ()))
+    imagenet = torchvisions and (count == 16 or classes == 1000)
+    vgg_face = all(re.fullmatch(r"conv_?\d_\d\.weight", name) for name in kernels)
+    per_block = (2, 2, 3, 3, 3) if count == 13 else (2, 2, 4, 4, 4)
+    net = VGG(per_block, face=not imagenet, last_relu=last_relu)
+    layers = [layer for block in net.blocks for layer in block]
+    biases = [name.removesuffix("weight") + "bias" for name in kernels]
+    known = count == 13 or imagenet or vgg_face
+    known = known and all(name in state for name in biases)
+    shapes = [state[name].shape for name in kernels]
+    if not known or shapes != [layer.weight.shape for layer in layers]:
+        raise InputError(f"{file}: neither VGG-Face nor torchvision's VGG-19; a file of "
+                         "13 3×3 kernels, or of 16 under either one's names, is needed")
+    for layer, name, bias in zip(layers, kernels, biases):
+        layer.load_state_dict({"weight": state[name], "bias": state[bias]})
     return net
 
 
-def identity_distance(net, restored, target):
-    """Angle in degrees between a recogniser's embeddings of each face pair, (B,3,H,W) in [-1,1] → (B,)."""
-    cosine = (net(restored.float()) * net(target.float())).sum(1)
-    return torch.rad2deg(cosine.clamp(-1, 1).arccos())
+class _ArcFaceBlock(nn.Module):
+    def __init__(self, before, width, stride):
+        super().__init__()
+        self.bn0 = nn.BatchNorm2d(before)
+        self.conv1 = nn.Conv2d(before, before, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(before)
+        self.prelu = nn.PReLU()
+        self.conv2 = nn.Conv2d(before, width, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = nn.Identity()
+        if before != width:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x):
+        y = self.prelu(self.bn1(self.conv1(self.bn0(x))))
+        y = self.bn2(self.conv2(y))
+        return self.prelu(y + self.downsample(x))
 
 
-# -----------------------------------------------------------------------------------------------------------
-# 6. Download
-# -----------------------------------------------------------------------------------------------------------
+class ArcFace(nn.Module):
+    """ArcFace's ResNet-18 (Deng et al. 2019), as RestoreFormer's authors use it; frozen.
 
-TIMEOUT = 20, 60             # seconds to a connection, and between two pieces of the answer
+    forward: (B,3,H,W) RGB in [-1,1] → embedding (B,512), not normalised. `source` is
+    their file arcface_resnet18.pth, or its state dict.
+    """
+    def __init__(self, source=None):
+        super().__init__()
+        self.arguments = {}
+        self.conv1 = nn.Conv2d(1, 64, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.prelu = nn.PReLU()
+        self.layer1 = self._layer(64, 64, 1)
+        self.layer2 = self._layer(64, 128, 2)
+        self.layer3 = self._layer(128, 256, 2)
+        self.layer4 = self._layer(256, 512, 2)
+        self.bn4 = nn.BatchNorm2d(512)
+        self.fc5 = nn.Linear(512 * 8 * 8, 512)
+        self.bn5 = nn.BatchNorm1d(512)
+        if source is not None:
+            load_named(self, source, [], "ArcFace's arcface_resnet18.pth")
+        self.eval().requires_grad_(False)
+
+    @staticmethod
+    def _layer(before, width, stride):
+        return nn.Sequential(_ArcFaceBlock(before, width, stride),
+                             _ArcFaceBlock(width, width, 1))
+
+    def forward(self, image):
+        red, green, blue = image.split(1, dim=1)
+        grey = 0.2989 * red + 0.5870 * green + 0.1140 * blue
+        return self.embed(F.interpolate(grey, (128, 128), mode="bilinear"))
+
+    def embed(self, grey):
+        """(B,1,128,128) in [-1,1] → (B,512)."""
+        x = F.max_pool2d(self.prelu(self.bn1(self.conv1(grey))), 2)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.bn5(self.fc5(self.bn4(x).flatten(1)))
 
 
-def download(url, path, sha256=None, attempts=3):
-    """Fetch url to path unless it is there; resume a broken transfer, check it, rename into place.
+def load_encoder(kind, args, faces):
+    """The frozen network whose `features`, of `widths` channels, serve losses or encode.
 
-    It is checked by its sha256, or, without one, by the length the server announced. A part is then gone on
-    with only where the server says that it is still the same file (ETag or Last-Modified). Gives up after
-    `attempts` in a row that brought nothing new: InputError.
+    kind "recogniser": trained on `faces`; "vgg": --vggface, else torchvision's VGG-19.
+    With a checkpoint (args.state) it is the one in there. On args.device.
+    """
+    if args.state is not None:
+        net = unpack((args.state.get("frozen") or {}).get("encoder"))
+    elif kind == "vgg":
+        net = _load_vgg(args.vggface)
+    else:
+        net = recogniser(faces, device=args.device)
+    return net.to(args.device, memory_format=torch.channels_last)
+
+
+def pack(net):
+    """A frozen network of this chapter as plain values, for a checkpoint."""
+    return {"class": type(net).__name__, "arguments": net.arguments,
+            "state": net.state_dict()}
+
+
+def unpack(record):
+    """The network that `pack` stored, frozen, in eval mode."""
+    try:
+        kind = {"Recogniser": Recogniser, "VGG": VGG, "ArcFace": ArcFace}[record["class"]]
+        net = kind(**record["arguments"])
+        if kind is Recogniser:
+            net = net.folded()
+        net.load_state_dict(record["state"])
+    except (KeyError, TypeError, RuntimeError):
+        raise InputError("the checkpoint's frozen network is missing or damaged; "
+                         "use a checkpoint that --train wrote") from None
+    return net.eval().requires_grad_(False)
+
+
+# --------------------------------------------------------------------------------------
+# 7. Published weights
+# --------------------------------------------------------------------------------------
+
+_TIMEOUT = 20, 60            # seconds to a connection, and between two pieces
+
+
+def _download(url, path, sha256=None, attempts=3):
+    """Fetch url to `path` unless it is there; a broken download is gone on with.
+
+    It is checked by its sha256, else by the length that the server announces. Without a
+    sha256 a part is gone on with only if the server says that it is still the same file
+    (ETag or Last-Modified). InputError after `attempts` in a row that brought nothing
+    new.
     """
     path = Path(path)
-    if path.is_file() and sha256 in (None, file_sha256(path)):
+    if path.is_file() and (sha256 is None or sha256 == _sha256(path)):
         return path
-    part, version = (path.with_name(path.name + end) for end in (".part", ".part.version"))
-    failures, most = 0, part.stat().st_size if part.is_file() else 0
-    while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _fetch(url, part, version, sha256 is not None)
-            break
-        except (requests.RequestException, OSError) as error:
-            reply, size = getattr(error, "response", None), part.stat().st_size if part.is_file() else 0
-            failures, most = 0 if size > most else failures + 1, max(most, size)
-            final = reply is not None and 400 <= reply.status_code < 500
-            if final or failures == attempts:
-                raise InputError(f"{url}: {error}; run the command again "
-                                 "to go on with the download") from None
-    version.unlink(missing_ok=True)
-    if sha256 is not None and file_sha256(part) != sha256:
-        part.unlink()
-        raise InputError(f"{url}: not the expected file (its sha256 differs); "
-                         f"get it by hand and put it at {path}")
-    os.replace(part, path)
+    # Who goes on with a part first renames it: no two processes write to one.
+    left = path.with_name(f"{path.name}.part")
+    left_version = path.with_name(f"{path.name}.part.version")
+    own = uuid.uuid4().hex[:8]
+    part = path.with_name(f"{path.name}.{own}.part")
+    version = path.with_name(f"{path.name}.{own}.part.version")
+    with contextlib.suppress(OSError):
+        os.replace(left, part)
+        os.replace(left_version, version)
+    try:
+        _fetch_whole(url, part, version, sha256 is not None, attempts)
+        if sha256 is not None and _sha256(part) != sha256:
+            part.unlink()
+            raise InputError(f"{url}: not the expected file (its sha256 differs); "
+                             f"get it by hand and put it at {path}")
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            if part.is_file():                              # for whoever tries again
+                os.replace(part, left)
+                os.replace(version, left_version)
+            version.unlink(missing_ok=True)
     return path
 
 
+def _fetch_whole(url, part, version, checked, attempts):
+    """Complete the file `part`, in as many connections as it takes."""
+    failures = 0
+    most = part.stat().st_size if part.is_file() else 0
+    while True:
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            return _fetch(url, part, version, checked)
+        except (requests.RequestException, OSError) as error:
+            size = part.stat().st_size if part.is_file() else 0
+            failures = 0 if size > most else failures + 1
+            most = max(most, size)
+            reply = getattr(error, "response", None)
+            refused = reply is not None and 400 <= reply.status_code < 500
+            if refused or failures == attempts:
+                raise InputError(f"{url}: {error}; run the command again "
+                                 "to go on with the download") from None
+
+
 def _fetch(url, part, version, checked):
-    """One attempt to complete the file `part`; `version` holds what the server calls the version begun."""
+    """One attempt. `version` holds what the server calls the file that was begun."""
     done = part.stat().st_size if part.is_file() else 0
     known = version.read_text() if version.is_file() else ""
-    done = done if checked or known else 0                # of which version is it? nothing will tell
+    if not checked and not known:
+        done = 0                            # nothing will tell which file the part is of
     headers = {"Accept-Encoding": "identity"}
     if done:
-        headers |= {"Range": f"bytes={done}-"} | ({"If-Range": known} if known else {})
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as reply:
-        # "bytes 100-199/200", "bytes */200": what is sent, and the length of the whole
-        span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", reply.headers.get("Content-Range", ""))
-        if done and reply.status_code == 416 and (checked or (span and int(span[2]) == done)):
-            return                                        # nothing is missing; a sha256 tells if too much is
+        headers["Range"] = f"bytes={done}-"
+        if known:
+            headers["If-Range"] = known
+    with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as reply:
+        # "bytes 100-199/200" or "bytes */200": what is sent, and the length of the whole.
+        span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)",
+                            reply.headers.get("Content-Range", ""))
+        nothing_left = bool(done) and reply.status_code == 416
+        if nothing_left and (checked or (span and int(span[2]) == done)):
+            return
         resumed = reply.status_code == 206
         tag = reply.headers.get("ETag", "")
-        tag = reply.headers.get("Last-Modified", "") if not tag or tag.startswith("W/") else tag
-        strange = resumed and not checked and (tag != known or not span or span[1] != str(done))
-        if strange or (done and reply.status_code == 416):
+        if not tag or tag.startswith("W/"):    # a weak tag does not vouch for every byte
+            tag = reply.headers.get("Last-Modified", "")
+        fits = tag == known and span and span[1] == str(done)
+        if nothing_left or (resumed and not checked and not fits):
             part.unlink(missing_ok=True)
             raise OSError("the file has changed since its download began")
         reply.raise_for_status()
         length = reply.headers.get("Content-Length", "")
-        total = int(length) + (done if resumed else 0) if length.isdecimal() else None
+        total = None
         if resumed and span:
             total = int(span[2])
+        elif length.isdecimal():
+            total = int(length) + (done if resumed else 0)
         with open(part, "ab" if resumed else "wb") as file:
-            version.write_text(tag)                       # now that a part of another version is gone
-            for chunk in reply.iter_content(1 << 14):     # what a hang-up cuts short is lost: keep it small
+            version.write_text(tag)
+            for chunk in reply.iter_content(1 << 14):       # a hang-up loses one chunk
                 file.write(chunk)
-        if total not in (None, part.stat().st_size) and "Content-Encoding" not in reply.headers:
-            raise OSError(f"{part.stat().st_size} bytes came, {total} were announced")
+        size = part.stat().st_size
+        if total not in (None, size) and "Content-Encoding" not in reply.headers:
+            raise OSError(f"{size} bytes came, {total} were announced")
 
 
-def file_sha256(path):
-    """The sha256 of a file, hexadecimal."""
+def _sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_published(source):
-    """Weights as their authors released them, a file, an http(s) address or a state dict → {name: tensor}.
+def _torchvision_weights(name):
+    """torchvision's weights `name`, kept where torchvision keeps them."""
+    url = torchvision.models.get_weight(name).url
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    with first():
+        try:
+            _download(url, file)
+        except InputError as error:
+            raise InputError(f"{error}; or put {file.name} into {file.parent}") from None
+    return read_published(file)
 
-    A file of an address is kept in CACHE/weights, unless it cannot be read. Names lose the prefix "module."
-    of DataParallel; of a file that holds more, the part "state_dict" or "params" is taken. InputError for
-    what is no checkpoint, or holds something else.
+
+def read_published(source, name=None):
+    """Weights as their authors released them → {name: tensor}, on the CPU.
+
+    source: a file, an http(s) address or a state dict. The file of an address is kept in
+    CACHE/weights, unless it cannot be read. Names lose DataParallel's prefix "module.".
+    Of a file that holds more, the part "state_dict" or "params" is taken. InputError for
+    what is no checkpoint or holds something else; it says which file is wanted, `name`.
     """
-    state, file = source, source
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        name = Path(urllib.parse.unquote(urllib.parse.urlsplit(source).path)).name
-        key = hashlib.sha256(source.encode()).hexdigest()[:8]      # two addresses may end in the same name
-        file = CACHE / "weights" / f"{key}-{re.sub('[^0-9A-Za-z._-]', '_', name)}"
+    file = source
+    address = isinstance(source, str) and source.startswith(("http://", "https://"))
+    if address:
+        last = Path(urllib.parse.unquote(urllib.parse.urlsplit(source).path)).name
+        last = re.sub("[^0-9A-Za-z._-]", "_", last)
+        key = hashlib.sha256(source.encode()).hexdigest()[:8]    # two may end in one name
+        file = CACHE / "weights" / f"{key}-{last}"
         if not file.is_file():
             print(f"fetching {source} → {file}", file=sys.stderr)
-        download(source, file)
+        _download(source, file)
     try:
-        if not isinstance(source, dict):
-            state = load_weights(file, advice="give the file that the authors released")
-        for key in ("state_dict", "params"):
-            if isinstance(state, dict) and isinstance(state.get(key), dict):
-                state = state[key]
-        if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
-            raise InputError(f"{'the state dict' if file is state else file}: holds no named tensors; "
-                             "give the file that the authors released")
+        return _read_weights(file, name)
     except InputError as error:
-        if file is source:
+        if not address:
             raise
         file.unlink(missing_ok=True)
-        raise InputError(f"{source}: {str(error).removeprefix(f'{file}: ')}; what it sent was not kept: "
+        reason = str(error).removeprefix(f"{file}: ")
+        raise InputError(f"{source}: {reason}; what it sent was not kept: "
                          "is it the address of a page, not of the file?") from None
-    return {str(name).removeprefix("module."): value for name, value in state.items()}
 
 
-def load_named(network, source, rename, name, file=None):
-    """Fill a network with published weights: rename(a name there) → the name here, None for what is unused.
+def _read_weights(source, name):
+    """The named tensors of a file or of a dict."""
+    advice = "give the file that the authors released" + (f" ({name})" if name else "")
+    state = source if isinstance(source, dict) else load_weights(source, advice=advice)
+    for key in ("state_dict", "params"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    named = isinstance(state, dict) and all(map(torch.is_tensor, state.values()))
+    if not named or not state:
+        place = "the state dict" if isinstance(source, dict) else source
+        raise InputError(f"{place}: holds no named tensors; {advice}")
+    return {str(key).removeprefix("module."): value for key, value in state.items()}
 
-    source: as for read_published. Every tensor of the network has to be there, once and in its shape, and
-    none may be left over; else InputError with the first that does not fit, calling them `name`, and the
-    source `file`. Returns the network, frozen, in eval mode, with spectral norm folded in.
+
+def renamed(state, table):
+    """A state dict with new names, by `table`: (pattern, replacement), tried in order.
+
+    A pattern is a regular expression that has to match the whole name. Replacement None:
+    this tensor is not used. A name that no row matches is kept. The names that spectral
+    norm had in older PyTorch (weight_orig, weight_u, weight_v) become today's before.
     """
-    state, own, found, wrong = read_published(source), network.state_dict(), {}, []
-    for there, value in state.items():
-        try:
-            here = rename(there)
-        except (KeyError, IndexError, ValueError):                 # the rule knows no such layer
-            here = there
+    result = {}
+    for name, value in state.items():
+        new = _new_name(name, table)
+        if new is not None:
+            result[new] = value
+    return result
+
+
+_SPECTRAL_NAMES = {"weight_orig": "parametrizations.weight.original",
+                   "weight_u": "parametrizations.weight.0._u",
+                   "weight_v": "parametrizations.weight.0._v"}
+
+
+def _new_name(name, table):
+    layer, _, tensor = name.rpartition(".")
+    if tensor in _SPECTRAL_NAMES:
+        name = f"{layer}.{_SPECTRAL_NAMES[tensor]}"
+    for pattern, replacement in table:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return None if replacement is None else match.expand(replacement)
+    return name
+
+
+def load_named(network, source, table, name, file=None):
+    """Fill a network with published weights, renamed by `table` (see `renamed`).
+
+    source: as for read_published. Every tensor of the network has to be there, in its
+    shape, and none may be left over; else InputError with the first that does not fit. It
+    calls the weights `name` and the source `file`. Returns the network, frozen, in eval
+    mode, with spectral norm folded in.
+    """
+    own = network.state_dict()
+    found = {}
+    wrong = []
+    for there, value in read_published(source, name).items():
+        here = _new_name(there, table)
         if here is None:
             continue
         if here not in own:
             wrong.append(f"{there} belongs to no layer")
         elif value.shape != own[here].shape:
-            wrong.append(f"{there} is {'×'.join(map(str, value.shape)) or 'a number'}, "
-                         f"not {'×'.join(map(str, own[here].shape))}")
+            wrong.append(f"{there} is {_shape(value)}, not {_shape(own[here])}")
         elif here in found and not torch.equal(found[here], value):
             wrong.append(f"{there} is there twice, with other numbers")
         found[here] = value
-    wrong += [f"{here} is missing" for here in own if here not in found]
+    # Older files do not count BatchNorm's batches; nothing here reads the count.
+    wrong += [f"{here} is missing" for here in own
+              if here not in found and not here.endswith("num_batches_tracked")]
     if wrong:
-        file = file or ("the state dict" if isinstance(source, dict) else source)
+        if file is None:
+            file = "the state dict" if isinstance(source, dict) else source
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise InputError(f"{file}: not {name} ({wrong[0]}{more}); "
-                         "give the file of this method that the authors released, whole and unchanged")
+        raise InputError(f"{file}: not {name} ({wrong[0]}{more}); give the file of this "
+                         "method that the authors released, whole and unchanged")
     network.load_state_dict(found)
-    return fold(network.eval()).requires_grad_(False)
+    return _fold(network.eval()).requires_grad_(False)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# 7. Runs
-# -----------------------------------------------------------------------------------------------------------
+def _shape(tensor):
+    return "×".join(map(str, tensor.shape)) or "a number"
+
+
+# --------------------------------------------------------------------------------------
+# 8. Runs and the command line
+# --------------------------------------------------------------------------------------
 
 def seeded(*numbers):
-    """A random stream of its own for every tuple of whole numbers ≥ 0, for example (seed, step, rank)."""
-    state = np.random.SeedSequence((*numbers, len(numbers))).generate_state(1, np.uint64)[0]  # (7,) ≠ (7, 0)
-    return torch.Generator().manual_seed(int(state >> 1))
+    """A random stream of its own for every tuple of whole numbers ≥ 0, for example
+    (seed, step, place)."""
+    sequence = np.random.SeedSequence((*numbers, len(numbers)))      # the length: (7,) is not (7, 0)
+    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
 
 
-def choose_device(name="auto"):
-    """"auto", "cpu" or "cuda" → torch.device; a process under torchrun takes the GPU of its local rank."""
+# Processor and precision
+
+def _choose_device(name="auto"):
+    """"auto", "cpu" or "cuda" → torch.device; a process under torchrun takes the GPU of
+    its local rank."""
     if name not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device {name}: unknown; choose auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
@@ -1881,9 +1718,9 @@ def choose_device(name="auto"):
 
 
 @functools.lru_cache
-def precision(kind):
-    """The type convolutions run in: bfloat16 where the processor multiplies it in hardware (it halves the
-    time or better), else float32. `kind` is "cpu" or "cuda"."""
+def _fast_type(kind):
+    """bfloat16 where a processor ("cpu" or "cuda") multiplies it in hardware, else
+    float32."""
     if kind == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float32
     with contextlib.suppress(OSError):
@@ -1893,16 +1730,16 @@ def precision(kind):
 
 
 def autocast(device, kind="auto"):
-    """Mixed precision: "auto" where the processor gains from it, "bfloat16" always, "float32" never."""
+    """Mixed precision: "auto" where the processor gains from it, "bfloat16" always,
+    "float32" never."""
     device = torch.device(device).type
-    if kind not in ("auto", "float32", "bfloat16"):
-        raise InputError(f"--precision {kind}: unknown; choose auto, float32 or bfloat16")
-    low = precision(device) == torch.bfloat16 if kind == "auto" else kind == "bfloat16"
+    low = _fast_type(device) == torch.bfloat16 if kind == "auto" else kind == "bfloat16"
     return torch.autocast(device, torch.bfloat16, enabled=low)
 
 
-def fold(network):
-    """For inference: every spectral norm computed once and folded into its weight. Returns the network."""
+def _fold(network):
+    """For inference: every spectral norm computed once and folded into its weight.
+    Returns the network."""
     for module in network.modules():
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight")
@@ -1910,8 +1747,10 @@ def fold(network):
 
 
 def channels_last(network, device):
-    """Move a network to `device`, the weights of its convolutions to channels_last. Its other tensors of
-    four axes, such as the entries of a dictionary, stay as they are: what reads them reads them flat."""
+    """Move a network to `device`, the weights of its convolutions to channels_last.
+
+    Its other tensors of four axes, such as the entries of a dictionary, keep their
+    order. """
     network.to(device)
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -1919,94 +1758,161 @@ def channels_last(network, device):
     return network
 
 
-def keep_freed_memory():
-    """Let memory that was freed stay with the process. The C library of most Linux systems gives every
-    tensor above 32 MB back at once, and the next one is paged in anew: up to a quarter of the time of a
-    512×512 face on a CPU. Called once what is large and short-lived, such as weights before they are cast,
-    is gone. Does nothing on other systems."""
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL("libc.so.6")
-        library.mallopt(-4, 0)                                         # M_MMAP_MAX: from the heap instead
-        library.mallopt(-1, 2**31 - 1)                                 # M_TRIM_THRESHOLD: which keeps 2 GB
-
-
 def for_inference(network, device, kind="auto", exact=()):
-    """Make a network ready to restore with: on `device`, frozen, spectral norm folded in, channels_last,
-    activations overwriting their input (which has to be the output of a layer that nobody else reads), and
-    where `autocast(device, kind)` is mixed, the weights of convolutions and linear layers cast once instead
-    of in every call. Modules whose name begins with one in the tuple `exact` keep float32 weights."""
-    network = channels_last(fold(network).eval().requires_grad_(False), device)
+    """Make a network ready to restore with, for good. Returns it.
+
+    It is frozen on `device`, spectral norms folded in, convolutions channels_last.
+    Activations overwrite their input: it has to be the output of a layer that nobody
+    else reads. Where `autocast(device, kind)` is mixed, weights are cast once, not in
+    every call; modules whose name begins with one in the tuple `exact` keep float32.
+    """
+    network.eval()                       # first: in training mode folding would take one more power iteration
+    network = channels_last(_fold(network).requires_grad_(False), device)
     kind_of_device = torch.device(device).type
     with autocast(device, kind):
         mixed = torch.is_autocast_enabled(kind_of_device)
         for name, module in network.named_modules():
             if isinstance(module, (nn.LeakyReLU, nn.ReLU, nn.SiLU)):
                 module.inplace = True
-            elif (mixed and isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
-                  and not name.startswith(tuple(exact))):
+            layer = isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
+            if mixed and layer and not name.startswith(tuple(exact)):
                 module.to(torch.get_autocast_dtype(kind_of_device))
     return network
 
 
-def peak_memory(device, reset=False):
-    """The most memory in use since the last reset, in GB: of the GPU, else of the whole process (where the
-    system keeps no resettable figure, since its start)."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
-    import resource                                                    # not on every system
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+def keep_freed_memory():
+    """Let memory that was freed stay with the process, on Linux.
 
-
-def median_time(call, device, runs):
-    """The median seconds of `runs` calls."""
-    seconds = []
-    for _ in range(runs):
-        begin = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - begin)
-    return float(np.median(seconds))
-
-
-def benchmark(call, images, device, kind="auto", runs=7):
-    """Time call(), which restores `images` faces on `device`, and print a line: images/s (the median of
-    `runs` calls after two to warm up), peak memory, and the share of what a matrix product of 2048³ reaches
-    here in the same precision. The work is that of convolutions and matrix products, two operations a
-    multiply-add, counted by PyTorch. Returns the figures by name."""
-    from torch.utils.flop_counter import FlopCounterMode
-    with torch.inference_mode():
-        with FlopCounterMode(display=False) as counter:
-            call()
-        keep_freed_memory()
-        call()
-        with autocast(device, kind):
-            dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        factor = torch.randn(2048, 2048, device=device, dtype=dtype)
-        torch.mm(factor, factor)
-        ceiling = 2 * 2048 ** 3 / median_time(functools.partial(torch.mm, factor, factor), device, 5) / 1e12
-        del factor
-        peak_memory(device, reset=True)
-        seconds = median_time(call, device, runs)
-    work = counter.get_total_flops() / 1e12
-    figures = {"seconds": seconds, "images_per_second": images / seconds, "memory_gb": peak_memory(device),
-               "teraflop": work, "share": work / seconds / ceiling}
-    print(f"{images / seconds:.2f} images/s ({seconds:.3f} s for {images}), peak memory "
-          f"{figures['memory_gb']:.2f} GB, {work / seconds:.2f} of {ceiling:.2f} TFLOP/s "
-          f"({figures['share']:.0%} of a matrix product's)")
-    return figures
+    Else the C library gives every tensor above 32 MB back at once and the next one is
+    paged in anew: up to a quarter of the time of a 512×512 face. """
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(-4, 0)                                         # M_MMAP_MAX: from the heap instead
+        library.mallopt(-1, 2**31 - 1)                                 # M_TRIM_THRESHOLD: which keeps 2 GB
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """Yield a temporary name beside `path`; flush, rename into place if all went well, else remove it."""
+def inference(net, precision="auto"):
+    """Evaluation mode, no gradients, mixed precision; yields the network's device.
+    Afterwards all is as before."""
+    device = next(net.parameters()).device
+    training = net.training
+    net.eval()
+    try:
+        with torch.inference_mode(), autocast(device, precision):
+            yield device
+    finally:
+        net.train(training)
+
+
+def in_batches(call, count, batch):
+    """call(slice) for `count` faces, `batch` at a time → its results in one tensor.
+
+    `call` may also give several tensors, or None for one that it does not make. Out of
+    GPU memory, the batch is halved, with a line that says so. """
+    results = []
+    start = 0
+    while start < count:
+        try:
+            results.append(call(slice(start, start + batch)))
+            start += batch
+        except torch.cuda.OutOfMemoryError:
+            if batch == 1:
+                raise InputError("not enough GPU memory for one face; use --device cpu or a smaller "
+                                 "--size") from None
+            batch //= 2
+            torch.cuda.empty_cache()
+            print(f"out of GPU memory: going on with {batch} faces at a time", file=sys.stderr)
+    if torch.is_tensor(results[0]):
+        return torch.cat(results)
+    return [None if parts[0] is None else torch.cat(parts) for parts in zip(*results)]
+
+
+# Several processes
+
+def rank():
+    """This process's number under torchrun, else 0."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world():
+    """The number of processes under torchrun, else 1."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _start_processes(device):
+    """Under torchrun a process group: NCCL on GPUs, gloo on CPUs."""
+    if "WORLD_SIZE" not in os.environ or torch.distributed.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # Process 0 makes dictionaries and recognisers while the others wait, longer than the usual ten minutes.
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                         timeout=timedelta(hours=12))
+
+
+_going_first = False
+
+
+@contextlib.contextmanager
+def first():
+    """Process 0 runs the body first and fills a cache; then the others run it and find
+    what it made."""
+    global _going_first
+    if world() == 1 or _going_first:
+        yield
+        return
+    if rank() > 0:
+        torch.distributed.barrier()
+    _going_first = True
+    try:
+        yield
+    finally:
+        _going_first = False
+    if rank() == 0:
+        torch.distributed.barrier()
+
+
+def _shared(tensor):
+    """A tensor where the process group can send it from: on the GPU for NCCL."""
+    return tensor.cuda() if torch.distributed.get_backend() == "nccl" else tensor.cpu()
+
+
+def _agree(value):
+    """Process 0's number, for all."""
+    if world() == 1:
+        return value
+    shared = _shared(torch.tensor(float(value), dtype=torch.float64))
+    torch.distributed.broadcast(shared, 0)
+    return shared.item()
+
+
+def parallel(*networks, find_unused=False):
+    """The networks, under torchrun each in DistributedDataParallel, which averages the
+    gradients."""
+    if world() == 1:
+        return networks
+    with warnings.catch_warnings():                # of a new name for broadcast_buffers, since PyTorch 2.14
+        warnings.simplefilter("ignore", FutureWarning)
+        return [nn.parallel.DistributedDataParallel(network, broadcast_buffers=False,
+                                                    find_unused_parameters=find_unused)
+                for network in networks]
+
+
+def set_rate(rate, *optimizers):
+    """The learning rate of the next step; a group with a number "times" takes so many
+    times the rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("times", 1.0)
+
+
+# Files
+
+@contextlib.contextmanager
+def _replacing(path):
+    """Yield a temporary name beside `path`; flush, rename into place if all went well,
+    else remove it."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
@@ -2023,21 +1929,23 @@ def replacing(path):
             temporary.unlink(missing_ok=True)
 
 
-def write_json(path, value):
-    """Write a dict as JSON, renamed into place."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+def _write_json(path, value):
+    with _replacing(path) as temporary:
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def save_checkpoint(path, state):
-    """torch.save, flushed and renamed into place: a crash leaves the checkpoint before it whole."""
-    with replacing(path) as temporary:
+    """torch.save, flushed and renamed into place: a crash leaves the checkpoint before
+    it whole."""
+    with _replacing(path) as temporary:
         torch.save(state, temporary)
 
 
 def load_weights(path, device="cpu", advice=None):
-    """torch.load, tensors and plain values only; what is missing, damaged or holds code is an InputError,
-    which ends with `advice`, else with where checkpoints come from."""
+    """torch.load, tensors and plain values only; what is missing, damaged or holds code
+    is an InputError, which ends with `advice`, else with where checkpoints come
+    from."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
@@ -2049,35 +1957,68 @@ def load_weights(path, device="cpu", advice=None):
         raise InputError(f"{path}: {reason}; {advice or 'use a checkpoint that --train wrote'}") from None
 
 
-def load_checkpoint(path, script, device="cpu"):
-    """A checkpoint written by `script`'s --train; one of another method is an InputError."""
-    state = load_weights(path, device)
+class _Checkpoint(dict):
+    """A checkpoint's parts; asking for one that it lacks is an InputError."""
+
+    def __init__(self, parts, path):
+        super().__init__(parts)
+        self.path = path
+
+    def __missing__(self, name):
+        raise InputError(f"{self.path}: holds no part \"{name}\"; use a checkpoint that this version of the "
+                         "script wrote")
+
+
+def load_checkpoint(path, script):
+    """A checkpoint that `script`'s --train wrote; one of another method, or an
+    incomplete one, is refused."""
+    state = load_weights(path)
     if not isinstance(state, dict) or "script" not in state:
         raise InputError(f"{path}: not a checkpoint of this repository; "
                          f"use one that {script}.py --train wrote")
     if state["script"] != script:
         raise InputError(f"{path}: a checkpoint of {state['script']}.py, not of {script}.py")
-    return state
+    return _Checkpoint(state, path)
+
+
+def load_part(part, state, name):
+    """Load part `name` of a checkpoint into a network or an optimiser."""
+    try:
+        part.load_state_dict(state[name])
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise InputError(f"part \"{name}\" of the checkpoint does not fit ({reason}); use one that this "
+                         "version of the script wrote") from None
 
 
 class Progress:
-    """A line updated in place on a terminal: step, steps/s, time left, a note. Elsewhere few plain lines."""
+    """A line updated in place on a terminal: step, steps/s, time left, a note.
+    Elsewhere few plain lines."""
 
     def __init__(self, title, total, start=0, quiet=False):
-        self.title, self.total, self.first, self.quiet = title, total, start, quiet
-        self.begin, self.shown, self.terminal = time.monotonic(), 0.0, sys.stdout.isatty()
+        self.title = title
+        self.total = total
+        self.start = start
+        self.quiet = quiet or rank() > 0
+        self.begin = time.monotonic()
+        self.shown = 0.0
+        self.terminal = sys.stdout.isatty()
 
     def update(self, step, note=""):
-        """Show step (0 … total); at most 5 times a second on a terminal, every 20 seconds elsewhere."""
+        """Show step (0 … total); at most 5 times a second on a terminal, every 20
+        seconds elsewhere."""
         now = time.monotonic()
         if self.quiet or now - self.shown < (0.2 if self.terminal else 20):
             return
-        self.shown, rate = now, max(step - self.first, 1e-9) / (now - self.begin + 1e-9)
-        left = int((self.total - step) / rate) if step > self.first else 0
+        self.shown = now
+        rate = max(step - self.start, 1e-9) / (now - self.begin + 1e-9)
+        left = int((self.total - step) / rate) if step > self.start else 0
         text = (f"{self.title} {step}/{self.total}  {rate:.1f} it/s  "
                 f"{left // 60}:{left % 60:02d} left  {note}")
-        print(f"\r\033[K{text[:118]}" if self.terminal else text, end="" if self.terminal else "\n",
-              flush=True)
+        if self.terminal:
+            print(f"\r\033[K{text[:118]}", end="", flush=True)
+        else:
+            print(text, flush=True)
 
     def line(self, text):
         """Print a line that stays."""
@@ -2086,18 +2027,20 @@ class Progress:
 
     def close(self, note=""):
         seconds = time.monotonic() - self.begin
-        self.line(f"{self.title}: {self.total - self.first} steps in {seconds:.0f} s  {note}".rstrip())
+        self.line(f"{self.title}: {self.total - self.start} steps in {seconds:.0f} s  {note}".rstrip())
 
 
-def write_log(folder, rows):
-    """log.csv and curves.png from a list of dicts: a column and a plot a name; missing values leave gaps."""
+def _write_log(folder, rows):
+    """log.csv and curves.png from a list of dicts: a column and a plot a name; missing
+    values leave gaps."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with replacing(Path(folder) / "log.csv") as temporary, open(temporary, "w", newline="") as file:
+    with _replacing(Path(folder) / "log.csv") as temporary, open(temporary, "w", newline="") as file:
         table = csv.DictWriter(file, names)
         table.writeheader()
-        table.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
-                        for row in rows)
-    names = [name for name in names if name != "step"]
+        for row in rows:
+            table.writerow({name: round(value, 6) if isinstance(value, float) else value
+                            for name, value in row.items()})
+    names.remove("step")
     columns = min(4, len(names))
     lines = math.ceil(len(names) / columns)
     width, height = 3.2 * columns, 2.3 * lines           # inches; margins by hand: a layout engine is slow
@@ -2114,75 +2057,481 @@ def write_log(folder, rows):
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(names):]:
         axis.remove()
-    with replacing(Path(folder) / "curves.png") as temporary:
+    with _replacing(Path(folder) / "curves.png") as temporary:
         figure.savefig(temporary, dpi=110)
 
 
-def print_table(scales):
-    """The "test" part of result.json as a table: a row a task, degraded input beside the restored face."""
-    print(f"\n{'':6}{'faces':>6}  "
-          + "".join(f"{name + ' in → out':>22}" for name in next(iter(scales.values()))["input"])
-          + f"{'PSNR gain, 95 % interval':>30}")
-    for task, row in scales.items():
-        cells = "".join(f"{row['input'][name]:>11.{digits}f} →{row['restored'][name]:>9.{digits}f}"
-                        for name, digits in zip(row["input"], (2, 4, 1, 4)))
-        gain, (low, high) = row["paired_psnr_gain"]["mean"], row["paired_psnr_gain"]["ci95"]
-        print(f"{task:6}{row['faces']:>6}  {cells}{gain:>+14.2f} dB [{low:+.2f}, {high:+.2f}]")
+# The command line
+
+# What a run was trained on, as it was told: its faces, and the files of frozen networks and dictionaries.
+_FACES = ("data", "landmarks", "aligned")
+_FROZEN = ("vggface", "arcface", "dictionary_data")
 
 
-@contextlib.contextmanager
-def process_group():
-    """(rank, world): under torchrun a process group (NCCL on GPUs, gloo on CPUs), else (0, 1)."""
-    if "WORLD_SIZE" not in os.environ:
-        yield 0, 1
-        return
-    cuda = torch.cuda.is_available() and choose_device("auto").type == "cuda"
-    if cuda:
-        torch.cuda.set_device(choose_device("auto"))
-    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+def _whole_number(least):
+    def read(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
+        return int(text)
+    return read
+
+
+def arguments(doc, presets, variants):
+    """A parser with the options that all scripts share. doc: the script's docstring."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False)
+
+    def refuse(message):
+        raise InputError(f"{message}; --help lists the options")
+
+    parser.error = refuse
+    add = parser.add_argument
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--train", action="store_true", help="train, then measure on held-out people")
+    action.add_argument("--evaluate", action="store_true", help="measure a trained network: on held-out "
+                        "people, or on all faces of another --data")
+    action.add_argument("--restore", metavar="PATH", help="restore a picture, or all of a folder")
+    add("--data", metavar="DIR", help="a folder of pictures, or of one folder per identity "
+        "(default: rendered faces)")
+    add("--landmarks", metavar="DIR", help="a parallel folder of landmark files photo.jpg.txt")
+    add("--aligned", action="store_true", help="pictures are FFHQ-aligned crops")
+    add("--preset", choices=presets, help="tiny (default): minutes on a CPU; paper: the paper's sizes and "
+        "schedule")
+    add("--variant", choices=variants, help="a row of the paper's ablation tables")
+    add("--resume", action="store_true", help="go on exactly where the last checkpoint stopped")
+    add("--size", type=_whole_number(1), help="pixels, height = width")
+    add("--steps", type=_whole_number(1), help="training steps")
+    add("--batch", type=_whole_number(1), help="faces a process and step")
+    add("--seed", type=_whole_number(0), help="fixes data, initialisation and order (default 0)")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="auto is bfloat16 where the processor gains from it and the result stays the same to the eye")
+    add("--workers", type=_whole_number(0), default=0, help="processes that read and degrade pictures")
+    add("--out", metavar="DIR", help="the run's folder (default runs/SCRIPT); for --restore where "
+        "pictures go (default restored)")
+    add("--checkpoint", metavar="FILE", help="default: the run's own")
+    add("--weights", metavar="FILE", help="the network that the authors published: a file or its address")
+    add("--vggface", metavar="FILE", help="VGG-Face weights for --preset paper (default: VGG-19)")
+    add("--lpips", metavar="FILE", help="published weights of LPIPS (alex.pth), which is then measured too")
+    add("--overwrite", action="store_true", help="restore pictures again that have a result")
+    add("--check", action="store_true", help="also write the input with its landmarks and boxes")
+    return parser
+
+
+def add_fid(parser):
+    """The options --fid and --fid-reference, for papers that measure FID."""
+    parser.add_argument("--fid", metavar="FILE", help="published weights of FID, which is then measured too")
+    parser.add_argument("--fid-reference", metavar="DIR",
+                        help="pictures to compare with, as the paper does (default: the targets)")
+
+
+def parse(parser, argv, script):
+    """Read and check a command line → its options, with what follows from them.
+
+    device: torch.device; folder: of the run; out: of restored pictures; checkpoint: a
+    Path; state: the checkpoint, read once, where the command goes on from one or uses
+    one; else None. """
+    args = parser.parse_args(argv)
+    args.begin = time.monotonic()
+    if args.resume and not args.train:
+        raise InputError("--resume belongs to --train")
+    if args.weights is not None:
+        for name in ("train", "checkpoint", "preset", "variant", "size", "vggface"):
+            if getattr(args, name):
+                raise InputError(f"--weights and --{name} do not go together: --weights is the network that "
+                                 "the authors published, to restore and evaluate with")
+        if args.evaluate and args.data is None:
+            raise InputError("--evaluate --weights wants --data: a folder of faces to measure")
+    args.device = _choose_device(args.device)
+    _start_processes(args.device)
+    args.folder = Path("runs") / script
+    if args.weights is not None or args.variant not in (None, "full"):
+        args.folder = Path("runs") / f"{script}-{args.variant or 'released'}"
+    if args.restore is None and args.out is not None:
+        args.folder = Path(args.out)
+    args.out = Path(args.out or "restored")
+    args.checkpoint = Path(args.checkpoint or args.folder / "checkpoint.pt")
+    args.state = None
+    if args.weights is None and (args.resume or not args.train):
+        args.state = load_checkpoint(args.checkpoint, script)
+        preset = args.state["config"].get("preset")
+        if args.preset not in (None, preset):
+            raise InputError(f"{args.checkpoint}: a checkpoint of --preset {preset}, not {args.preset}")
+    for name in _FROZEN if args.resume else ():
+        if getattr(args, name, None) not in (None, args.state["data"][name]):
+            option = name.replace("_", "-")
+            raise InputError(f"--resume goes on with the run as it began; --{option} cannot change")
+    return args
+
+
+def chosen_config(args, presets, variants):
+    """The Config of preset, variant and options; on --resume the run's own, with more
+    --steps if asked."""
+    options = {name: getattr(args, name) for name in ("size", "steps", "batch", "seed")
+               if getattr(args, name) is not None}
+    if not args.resume:
+        variant = args.variant or "full"
+        return replace(presets[args.preset or "tiny"], variant=variant, **variants[variant], **options)
+    cfg = recorded_config(args, type(presets["tiny"]))
+    if args.variant not in (None, cfg.variant):
+        raise InputError(f"{args.checkpoint}: a checkpoint of --variant {cfg.variant}, not {args.variant}")
+    for name, value in options.items():
+        if name != "steps" and value != getattr(cfg, name):
+            raise InputError(f"--resume goes on with the run as it began; --{name} cannot change")
+    return replace(cfg, steps=options.get("steps", cfg.steps))
+
+
+def recorded_config(args, kind):
+    """The Config of the checkpoint."""
     try:
-        yield torch.distributed.get_rank(), torch.distributed.get_world_size()
-    finally:
-        torch.distributed.destroy_process_group()
+        return kind(**args.state["config"])
+    except TypeError:
+        raise InputError(f"{args.checkpoint}: of another version of this script; train it again") from None
 
 
-def restore_files(source, out, size, restore_crops, *, aligned=False, landmarks=None,
-                  need_landmarks=False, overwrite=False, check=False, device="cpu"):
-    """Restore a file, or every picture of a folder, into the folder `out` under the same name (as PNG).
+def check_size(size, multiple, least=64):
+    """InputError if a network cannot have this size."""
+    if size % multiple or size < least:
+        raise InputError(f"--size {size}: must be a multiple of {multiple}, at least {least}")
 
-    `restore_crops(crops (N,3,size,size), landmarks (N,68,2), file)` → (N,3,size,size) restores the faces of
-    one picture. `aligned`: the picture is one face crop; a square one is written at size×size, of another
-    its middle is restored in place. Otherwise every face is aligned, restored and pasted back, into a photo
-    enlarged up to 4 times where the faces are smaller than `size`. An aligned crop without landmarks gets
-    the average ones, with `need_landmarks` the detector's. `check` also writes the input with landmarks and
-    boxes drawn. Existing results are skipped unless `overwrite`; a file that fails is named.
-    Returns the number of failures.
+
+def load_faces(args, size, need_landmarks=False):
+    """The faces of --data, or rendered ones; with a checkpoint, without --data, those
+    it was trained on.
+
+    --resume with other faces than those the run began with is an InputError.
     """
-    files, out = _pictures(source, "--restore"), Path(out)
+    recorded = None if args.state is None else args.state["data"]
+    if recorded is not None and (args.resume or args.data is None):
+        chosen = {name: getattr(args, name) or recorded[name] for name in _FACES}
+        faces = _open_faces(chosen, size, need_landmarks, args.device)
+        if faces.fingerprint != recorded["fingerprint"]:
+            raise InputError(f"these are not the faces that {args.checkpoint} was trained on "
+                             f"({recorded['data'] or 'rendered'}; pictures, landmarks or options differ); "
+                             "give those back, or train anew into another --out")
+        return faces
+    return _open_faces({name: getattr(args, name) for name in _FACES}, size, need_landmarks, args.device)
+
+
+def _open_faces(chosen, size, need_landmarks, device):
+    if chosen["data"] is None:
+        return RenderedFaces(size)
+    return FaceFolder(chosen["data"], size, chosen["landmarks"], chosen["aligned"], need_landmarks, device)
+
+
+def _own_faces(faces, args):
+    """Whether these are the faces of the checkpoint."""
+    return args.state is not None and args.state["data"]["fingerprint"] == faces.fingerprint
+
+
+def test_faces(faces, args, limit):
+    """What --evaluate measures: the run's test people, at most `limit` faces; of other
+    --data all faces of people whose names the run was not trained on."""
+    if _own_faces(faces, args):
+        return spread(split_identities(faces)[2], limit)
+    trained = set() if args.state is None else set(args.state["data"]["people"])
+    known = torch.tensor([name in trained for name in faces.names])
+    indices = torch.nonzero(~known[faces.identity])[:, 0].tolist()
+    if len(indices) < len(faces):
+        print(f"left out: {len(faces) - len(indices)} faces of people whose names stand in the training set",
+              file=sys.stderr)
+    if not indices:
+        raise InputError(f"{args.data}: has no person that the network was not trained on")
+    return indices
+
+
+# A run
+
+class Run:
+    """A run's folder: it reads and writes, and is told everything else.
+
+    parts: networks and optimisers, saved and on --resume loaded; other values are saved
+    as they are. frozen: networks that never change, {name: network}. Public: step (the
+    last one done), rows (of log.csv), seconds (of all sessions, up to the last
+    checkpoint), factor (of the learning rate: cfg.plateau to the power of how often
+    validation stopped falling, at least 0.01). """
+
+    def __init__(self, script, cfg, args, faces, frozen=None, steps=None, title="", **parts):
+        self.script = script
+        self.cfg = cfg
+        self.args = args
+        self.faces = faces
+        self.frozen = {name: pack(network) for name, network in (frozen or {}).items()}
+        self.steps = steps or cfg.steps
+        self.title = f"{script} {title}{cfg.variant}"
+        self.parts = parts
+        self.step = 0
+        self.rows = []
+        self.factor = 1.0
+        self.best = math.inf
+        self.waited = 0
+        self.seconds = 0.0
+        self.earlier = 0.0                                              # seconds of sessions before this one
+        if args.state is not None:
+            self._take_up(args.state)
+        if args.train and rank() == 0:
+            _write_json(args.folder / "config.json", asdict(cfg))
+
+    def _take_up(self, state):
+        self.step = state["step"]
+        self.rows = state["rows"]
+        self.factor = state["factor"]
+        self.best = state["best"]
+        self.waited = state["waited"]
+        self.seconds = self.earlier = state["seconds"]
+        for name, part in self.parts.items():
+            if hasattr(part, "load_state_dict"):
+                load_part(part, state, name)
+
+    def batches(self, dataset):
+        """(step from 1 on, batch on the device) for all steps that are left."""
+        device = self.args.device
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_size=None, sampler=range(self.step, self.steps), num_workers=self.args.workers,
+            pin_memory=device.type == "cuda")
+        self.progress = Progress(self.title, self.steps, self.step)
+        for step, batch in enumerate(loader, self.step + 1):
+            yield step, _to_device(batch, device)
+        self.progress.close()
+
+    def due(self, step):
+        """Whether to validate and save now."""
+        return step == self.steps or step % self.cfg.validate_every == 0
+
+    def log(self, step, losses):
+        """Every ten steps: note the losses, {name: tensor}; stop all processes at one
+        that is not finite."""
+        if step % 10 and not self.due(step):
+            return                                                   # the rest waits for the GPU
+        values = torch.stack([loss.detach().float() for loss in losses.values()])
+        wrong = (~values.isfinite()).float()
+        if world() > 1:
+            wrong = _shared(wrong)
+            torch.distributed.all_reduce(wrong, torch.distributed.ReduceOp.MAX)
+        self._stop_at([name for name, bad in zip(losses, wrong.tolist()) if bad], step)
+        self.rows.append({"step": step, **dict(zip(losses, values.tolist()))})
+        self.progress.update(step, "  ".join(f"{name} {value:.3f}" for name, value in
+                                             zip(losses, values.tolist())))
+
+    def _stop_at(self, names, step):
+        """All processes come here with the same names; the first one speaks."""
+        if names and rank() > 0:
+            sys.exit(2)
+        if names:
+            raise InputError(f"step {step}: the {', '.join(names)} loss is not finite; the last good state "
+                             f"is in {self.args.checkpoint}; try a lower learning rate")
+
+    def say(self, text):
+        """A line that stays."""
+        self.progress.line(text)
+
+    def forget_best(self):
+        """Before validation losses of another kind."""
+        self.best = math.inf
+        self.waited = 0
+
+    def save(self, step, validation):
+        """Note what validation found, {"validation": loss, …}, and write checkpoint,
+        log.csv, curves.png.
+
+        With cfg.patience, so many losses in a row that are no better multiply `factor`
+        by cfg.plateau. """
+        self.step = step
+        self.seconds = self.earlier + time.monotonic() - self.args.begin
+        validation = {name: _agree(value) for name, value in validation.items()}
+        loss = validation["validation"]
+        self._stop_at([] if math.isfinite(loss) else ["validation"], step)
+        self.waited += 1
+        if loss < self.best:
+            self.best = loss
+            self.waited = 0
+        if self.cfg.patience is not None and self.waited > self.cfg.patience:
+            self.factor = max(self.factor * self.cfg.plateau, 0.01)
+            self.waited = 0
+        optimizer = next(part for part in self.parts.values() if isinstance(part, torch.optim.Optimizer))
+        self.rows[-1] |= {**validation, "rate": optimizer.param_groups[0]["lr"]}
+        self.say(f"step {step}: " + ", ".join(f"{name.replace('_', ' ')} {value:.3f}"
+                                              for name, value in validation.items()))
+        if rank() == 0:
+            save_checkpoint(self.args.checkpoint, self._state())
+            _write_log(self.args.folder, self.rows)
+
+    def _state(self):
+        people = split_identities(self.faces)[0]
+        data = {name: getattr(self.args, name, None) for name in (*_FACES, *_FROZEN)}
+        if self.args.state is not None:
+            data = {name: value or self.args.state["data"][name] for name, value in data.items()}
+        data["fingerprint"] = self.faces.fingerprint
+        data["people"] = sorted({self.faces.names[number] for number in self.faces.identity[people].tolist()})
+        parts = {name: part.state_dict() if hasattr(part, "state_dict") else part
+                 for name, part in self.parts.items()}
+        return {"script": self.script, "config": asdict(self.cfg), "data": data, "frozen": self.frozen,
+                "step": self.step, "rows": self.rows, "seconds": self.seconds, "factor": self.factor,
+                "best": self.best, "waited": self.waited, **parts}
+
+
+def _to_device(batch, device):
+    def move(tensor):
+        order = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+        return tensor.to(device, non_blocking=True, memory_format=order)
+    if isinstance(batch, dict):
+        return {name: move(tensor) for name, tensor in batch.items()}
+    return [move(tensor) for tensor in batch]
+
+
+# Measuring
+
+TASKS = {"x4": 4, "x8": 8, "random": None}           # the papers' two, and s drawn as in training
+
+
+def metrics(faces, args=None):
+    """The measures of a restored face, {name: f(image, target) → (B,)}: PSNR in dB,
+    SSIM, identity in degrees, detail, and with --lpips LPIPS. Images (B,3,H,W) in
+    [-1,1].
+
+    The recogniser knows the people that the network was trained on, and none that it is
+    measured on. """
+    device = torch.device("cpu") if args is None else args.device
+    known = faces
+    if args is not None and args.state is not None and not _own_faces(faces, args):
+        known = _open_faces(args.state["data"], faces.size, False, device)
+    judge = recogniser(known, "metric", device).to(device)
+
+    def identity(image, target):
+        return identity_distance(judge, image.to(device), target.to(device)).cpu()
+
+    found = {"psnr": psnr, "ssim": ssim, "identity": identity, "detail": detail}
+    if args is not None and args.lpips is not None:
+        lpips = LPIPS(args.lpips).to(device)
+        found["lpips"] = lambda image, target: lpips(image.to(device), target.to(device)).cpu()
+    return found
+
+
+def load_fid(args):
+    """The FID network of --fid with the features of --fid-reference, or None."""
+    if args.fid is None:
+        return None
+    fid = FID(args.fid, args.device)
+    fid.reference = None
+    if args.fid_reference is not None:
+        files = _pictures(args.fid_reference, "--fid-reference")
+        fid.reference = fid.features(read_image(file)[None] for file in files)
+    return fid
+
+
+@torch.inference_mode()
+def measure(batches, metrics, columns=None, fid=None):
+    """One task's table: means over all faces, and the mean paired gain in PSNR with its
+    95 % interval.
+
+    batches: dicts with "degraded", "restored", "target" (B,3,H,W); columns: {name in
+    the table: name in the batch}, in the first place the input, then the restored face.
+    """
+    columns = columns or {"input": "degraded", "restored": "restored"}
+    values = {name: {metric: [] for metric in metrics} for name in columns}
+    seen = {name: [] for name in (*columns, "target")}
+    for batch in batches:
+        for name, key in columns.items():
+            for metric, function in metrics.items():
+                values[name][metric].append(function(batch[key], batch["target"]))
+        if fid is not None:
+            for name, key in {**columns, "target": "target"}.items():
+                seen[name].append(fid.features([batch[key]]))
+    values = {name: {metric: torch.cat(parts) for metric, parts in column.items()}
+              for name, column in values.items()}
+    table = {name: {metric: value.mean().item() for metric, value in column.items()}
+             for name, column in values.items()}
+    if fid is not None:
+        reference = torch.cat(seen["target"]) if fid.reference is None else fid.reference
+        for name in columns:
+            table[name]["fid"] = frechet_distance(torch.cat(seen[name]), reference)
+    before, after = list(values.values())[:2]
+    return {"faces": len(after["psnr"]), **table,
+            "paired_psnr_gain": paired_gain(after["psnr"], before["psnr"])}
+
+
+def report(run, table, pictures):
+    """The end of a run: write result.json and the pictures, {file name: (3,H,W) or a
+    Figure}; print the table {task: measure(…)} and what the folder holds. Results on
+    other --data carry that folder's name."""
+    if rank() > 0:
+        return
+    args = run.args
+    other = args.data is not None and not args.train and not _own_faces(run.faces, args)
+    data = args.data or (args.state or {"data": {"data": None}})["data"]["data"] or "rendered"
+    end = f"-{Path(args.data).resolve().name}" if other else ""
+    written = [args.folder / f"result{end}.json"]
+    _write_json(written[0], {
+        "script": run.script, "variant": run.cfg.variant, "preset": run.cfg.preset, "data": str(data),
+        "size": run.cfg.size, "steps": run.step, "seconds": round(run.seconds, 1), "test": table})
+    for name, picture in pictures.items():
+        path = args.folder / name
+        path = path.with_stem(path.stem + end)
+        written.append(path)
+        if torch.is_tensor(picture):
+            write_image(path, picture)
+        else:
+            with _replacing(path) as temporary:
+                picture.savefig(temporary, dpi=90)
+    _print_table(table)
+    files = sorted(file.name for file in args.folder.iterdir() if not file.name.startswith("."))
+    print(f"\n{args.folder}: {', '.join([path.name for path in written] if other else files)}")
+
+
+def _print_table(table):
+    """A row a task, degraded input → restored face; below, what else was restored."""
+    digits = {"psnr": 2, "ssim": 3, "identity": 1, "detail": 2}
+    names = list(next(iter(table.values()))["input"])
+
+    def cells(row, column):
+        return [f"{row[column][name]:.{digits.get(name, 3)}f}" for name in names]
+
+    heads = "".join(f"{name:>18}" for name in names)
+    print(f"\n{'':8}{'faces':>6}{heads}   PSNR gain, 95 % interval")
+    for task, row in table.items():
+        pairs = zip(cells(row, "input"), cells(row, "restored"))
+        line = "".join(f"{f'{before} → {after}':>18}" for before, after in pairs)
+        gain = row["paired_psnr_gain"]
+        low, high = gain["ci95"]
+        print(f"{task:8}{row['faces']:>6}{line}   {gain['mean']:+.2f} dB "
+              f"[{low:+.2f}, {high:+.2f}]")
+    for task, row in table.items():
+        for column in row:
+            if column not in ("faces", "input", "restored", "paired_psnr_gain"):
+                line = "".join(f"{cell:>18}" for cell in cells(row, column))
+                print(f"{task:8}{'':6}{line}   {column}")
+
+
+# Restoring files
+
+def restore_files(args, size, restore_crops, need_landmarks=False):
+    """Restore --restore, a picture or every picture of a folder, into --out under the
+    same name (as PNG).
+
+    `restore_crops(crops (N,3,size,size), landmarks (N,68,2), file)` → (N,3,size,size)
+    restores the faces of one picture. With --aligned the picture is one face crop: a
+    square one is written at size×size, of another its middle is restored in place.
+    Otherwise every face is aligned, restored and pasted back, into a photo enlarged up
+    to 4 times where the faces are smaller than `size`. An aligned crop without
+    landmarks gets the average ones, with `need_landmarks` the detector's. Existing
+    results are skipped without --overwrite; a file that fails is named. Returns the
+    number of failures. """
+    files = _pictures(args.restore, "--restore")
     keep_freed_memory()
     stems = [file.stem for file in files]
-    failures, skipped = [], 0
-    for file in files:
-        name = file.stem if stems.count(file.stem) == 1 else file.name  # a.jpg and a.png both get a result
-        target = out / f"{name}.png"
-        if target.exists() and not overwrite:
+    names = [file.stem if stems.count(file.stem) == 1 else file.name    # a.jpg and a.png both get a result
+             for file in files]
+    originals = {file.resolve() for file in files}
+    for name in names:
+        if (args.out / f"{name}.png").resolve() in originals:
+            raise InputError(f"{args.out / name}.png: would overwrite an original; choose another --out")
+    failures = []
+    skipped = 0
+    for file, name in zip(files, names):
+        if (args.out / f"{name}.png").exists() and not args.overwrite:
             skipped += 1
             continue
         try:
-            photo, matrices, points = _faces_of(file, size, aligned, landmarks, need_landmarks, device)
-            crops = torch.stack([warp_affine(photo, matrix, size, size, "border") for matrix in matrices])
-            local = torch.stack([transform_points(p, m) for p, m in zip(points, matrices)])
-            restored = restore_crops(crops, local, file).float().cpu()
-            if aligned and photo.shape[1] == photo.shape[2]:
-                result = restored[0]
-            else:
-                result = photo
-                for crop, matrix in zip(restored, matrices):
-                    result = paste_face(result, crop, matrix)
-            write_image(target, result)
-            if check:
-                write_image(out / f"{name}_check.png",
-                            torch.cat([draw_landmarks(c, p) for c, p in zip(crops, local)], 2))
+            _restore_file(file, name, args, size, restore_crops, need_landmarks)
         except InputError as error:
             if len(files) == 1:
                 raise
@@ -2190,26 +2539,45 @@ def restore_files(source, out, size, restore_crops, *, aligned=False, landmarks=
     for failure in failures:
         print(failure, file=sys.stderr)
     print(f"{len(files) - len(failures) - skipped} restored, {skipped} skipped (already there), "
-          f"{len(failures)} failed → {out}")
+          f"{len(failures)} failed → {args.out}")
     return len(failures)
 
 
-def read_references(source, size, *, aligned=False, landmarks=None, need_landmarks=False, device="cpu"):
-    """Pictures of one person, a file or a folder, for the guided methods: the largest face of each.
+def _restore_file(file, name, args, size, restore_crops, need_landmarks):
+    photo, matrices, points = _faces_of(file, size, args, need_landmarks)
+    crops = torch.stack([warp_affine(photo, matrix, size, size, "border") for matrix in matrices])
+    landmarks = torch.stack([transform_points(p, matrix) for p, matrix in zip(points, matrices)])
+    restored = restore_crops(crops, landmarks, file).float().cpu()
+    result = photo
+    if args.aligned and photo.shape[1] == photo.shape[2]:
+        result = restored[0]
+    else:
+        for crop, matrix in zip(restored, matrices):
+            result = paste_face(result, crop, matrix)
+    write_image(args.out / f"{name}.png", result)
+    if args.check:
+        drawn = [draw_landmarks(crop, marks) for crop, marks in zip(crops, landmarks)]
+        write_image(args.out / f"{name}_check.png", torch.cat(drawn, 2))
 
-    → images (N,3,size,size), their landmarks (N,68,2), the files. Options as for restore_files. In a
-    folder, a file that fails is named on stderr and left out; if none is left, InputError.
-    """
-    images, points, used, files = [], [], [], _pictures(source, "--reference")
+
+def read_references(source, size, args, need_landmarks=False):
+    """Pictures of one person, a file or a folder, for the guided methods: the largest
+    face of each.
+
+    → images (N,3,size,size), their landmarks (N,68,2), the files. In a folder, a file
+    that fails is named on stderr and left out; if none is left, InputError. """
+    images, points, used = [], [], []
+    files = _pictures(source, "--reference")
     for file in files:
         try:
-            photo, matrices, faces = _faces_of(file, size, aligned, landmarks, need_landmarks, device)
+            photo, matrices, faces = _faces_of(file, size, args, need_landmarks)
         except InputError as error:
             if len(files) == 1:
                 raise
             print(f"left out: {error}", file=sys.stderr)
             continue
-        largest = min(range(len(matrices)), key=lambda i: torch.linalg.det(matrices[i][:, :2]).item())
+        enlarged = [torch.linalg.det(matrix[:, :2]).item() for matrix in matrices]
+        largest = enlarged.index(min(enlarged))                       # the one to be enlarged least
         images.append(warp_affine(photo, matrices[largest], size, size, "border"))
         points.append(transform_points(faces[largest], matrices[largest]))
         used.append(file)
@@ -2224,46 +2592,63 @@ def _pictures(source, option):
     if not source.exists():
         raise InputError(f"{source}: no such file or folder; "
                          f"{option} wants a picture or a folder of pictures")
-    files = [source] if source.is_file() else sorted(
-        file for file in source.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    if source.is_file():
+        return [source]
+    files = sorted(file for file in source.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES)
     if not files:
         raise InputError(f"{source}: no pictures in it")
     return files
 
 
-def _faces_of(file, size, aligned, landmarks, need_landmarks, device):
-    """A picture's pixels (enlarged where its faces are small), crop matrices and landmarks of its faces."""
-    photo, path = read_image(file), find_landmarks(file, landmarks)
+def _faces_of(file, size, args, need_landmarks):
+    """A picture's pixels (enlarged where its faces are small), crop matrices and
+    landmarks of its faces."""
+    photo = read_image(file)
+    path = _find_landmarks(file, args.landmarks)
     height, width = photo.shape[1:]
     if path is not None:
         points = read_landmarks(path, (height, width), several=True)
-    elif aligned and not need_landmarks:
+    elif args.aligned and not need_landmarks:
         points = None
     else:
-        points = detect_landmarks(photo, device, file, aligned)
-    if aligned:
-        side, ratio = min(height, width), size / min(height, width)
-        corner = torch.tensor([(width - side) / 2, (height - side) / 2])
-        matrix = torch.cat([torch.eye(2) * ratio, ((0.5 - corner) * ratio - 0.5)[:, None]], 1)
-        matrices = [matrix]
-        points = (transform_points(mean_landmarks(size), invert_matrix(matrix))[None] if points is None
-                  else points[:1])
+        points = detect_landmarks(photo, args.device, file, args.aligned)
+    if args.aligned:
+        matrices = [_middle_matrix(height, width, size)]
+        if points is None:
+            points = transform_points(mean_landmarks(size), invert_matrix(matrices[0]))[None]
+        points = points[:1]
     else:
         matrices = [face_matrix(face, size) for face in points]
-    sharpest = max(torch.linalg.det(matrix[:, :2]).sqrt().item() for matrix in matrices)
-    if sharpest > 1 and height * width * min(sharpest, 4) ** 2 < 50e6:
-        factor = min(sharpest, 4)
-        grown = round(height * factor), round(width * factor)
-        photo = F.interpolate(photo[None], grown, mode="bicubic", antialias=True)[0].clamp(-1, 1)
-        stretch = torch.tensor([grown[1] / width, grown[0] / height])
-        points = (points + 0.5) * stretch - 0.5
-        matrices = [torch.cat([m[:, :2] / stretch,
-                               (m[:, 2] + m[:, :2] @ (0.5 / stretch - 0.5))[:, None]], 1) for m in matrices]
+    return _enlarged(photo, matrices, points)
+
+
+def _middle_matrix(height, width, size):
+    """M (2,3) that brings the middle square of a picture onto a size×size crop."""
+    side = min(height, width)
+    corner = torch.tensor([(width - side) / 2, (height - side) / 2])
+    ratio = size / side
+    return torch.cat([torch.eye(2) * ratio, ((0.5 - corner) * ratio - 0.5)[:, None]], 1)
+
+
+def _enlarged(photo, matrices, points):
+    """Photo, matrices and landmarks for a photo up to 4 times larger, so that no face
+    is shrunk again."""
+    height, width = photo.shape[1:]
+    factor = min(max(torch.linalg.det(matrix[:, :2]).sqrt().item() for matrix in matrices), 4)
+    if factor <= 1 or height * width * factor**2 > 50e6:
+        return photo, matrices, points
+    grown = round(height * factor), round(width * factor)
+    photo = F.interpolate(photo[None], grown, mode="bicubic", antialias=True)[0].clamp(-1, 1)
+    stretch = torch.tensor([grown[1] / width, grown[0] / height])
+    points = (points + 0.5) * stretch - 0.5
+    matrices = [torch.cat([m[:, :2] / stretch,
+                           (m[:, 2] + m[:, :2] @ (0.5 / stretch - 0.5))[:, None]], 1) for m in matrices]
     return photo, matrices, points
 
 
 def run_script(main):
-    """Run a script's main(); an InputError becomes a line on stderr and exit status 2, Ctrl-C status 130."""
+    """Run a script's main(); an InputError becomes a line on stderr and exit status 2,
+    Ctrl-C status 130."""
     try:
         sys.exit(main())
     except InputError as error:
@@ -2272,3 +2657,920 @@ def run_script(main):
     except KeyboardInterrupt:
         print("\nstopped; --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+# Nothing below is needed to understand a paper.
+# --------------------------------------------------------------------------------------
+# 9. Rendered faces
+# --------------------------------------------------------------------------------------
+# Skull, face, ears, neck and shoulders are one surface: a grid over height and azimuth.
+# The hair is a second one. A length of 1 is 100 pixels of a 512 x 512 picture; x points
+# to the right, y down, z to the camera; the eyes are at (+-0.63, 0). X (sideways) and T
+# (down the profile) are the canonical coordinates of a grid point. Features are placed by
+# them; identity and expression only move the points.
+
+_FORMAT = 1                      # of the cached pictures: raise it whenever they change
+_ROWS, _COLUMNS = 240, 216       # of the grid
+_LOW, _HIGH = -3.05, 4.3         # T of the crown and of the lowest row
+
+# The mean head, row by row: T, y, half width, z of the front, z of the back, and how much
+# higher the row lies at the sides.
+_PROFILE = np.array([
+    [-3.05, -3.05, 1.42, 1.6, -2, 0], [-.8, -.8, 1.42, 1.62, -2, 0],
+    [-.3, -.3, 1.42, 1.72, -2, 0], [0, 0, 1.4, 1.68, -2, 0],
+    [.5, .5, 1.37, 1.66, -1.8, 0], [1, 1, 1.32, 1.7, -1.6, .08],
+    [1.31, 1.31, 1.29, 1.72, -1.4, .2], [1.65, 1.65, 1.25, 1.68, -1.3, .42],
+    [1.95, 1.95, 1.19, 1.64, -1.2, .68], [2.15, 2.14, 1.11, 1.48, -1.15, .82],
+    [2.35, 2.26, 1.02, 1.15, -1.1, .82], [2.7, 2.4, .93, .62, -1.05, .45],
+    [3.2, 2.75, .92, .5, -1.15, .1], [3.6, 2.93, 1.6, .6, -1.2, 0],
+    [4, 3.15, 2.8, .75, -1.3, 0], [4.3, 4.1, 3.2, 1, -1.3, 0]])
+
+# Gaussian bumps: X, T, width along X, width along T; mean shift along x (outwards), y, z;
+# spread of the shift over people.
+_BUMPS = np.array([
+    [0, .33, .15, .34, 0, 0, .2, .15, 0, .07],              # nose: ridge
+    [0, .25, .1, .16, 0, 0, .04, 0, 0, .05],                # hump
+    [0, .7, .15, .13, 0, .05, .34, .25, .06, .09],          # tip
+    [.21, .82, .08, .1, .03, .02, .17, .06, .02, .03],      # wings
+    [.11, .93, .06, .04, 0, -.02, -.04, 0, 0, 0],           # nostrils
+    [0, .9, .05, .06, 0, .02, .12, 0, .02, .03],            # base
+    [0, .6, .6, .5, 0, 0, 0, 0, .09, .05],                  # length
+    [0, 1.1, .04, .09, 0, 0, -.03, 0, 0, .01],              # mouth: philtrum
+    [0, 1.21, .26, .06, 0, 0, .08, 0, .03, .03],            # upper lip
+    [.09, 1.17, .06, .04, 0, -.02, .02, 0, .02, .01],       # its two peaks
+    [0, 1.43, .24, .07, 0, 0, .12, 0, .03, .04],            # lower lip
+    [0, 1.63, .3, .07, 0, 0, -.07, 0, 0, .03],              # groove below
+    [.58, 1.32, .09, .09, 0, 0, -.05, 0, .04, 0],           # corners
+    [0, 1.31, .45, .2, 0, 0, 0, .2, .06, .05],              # size
+    [0, 1.92, .26, .16, 0, 0, .12, .2, .05, .08],           # chin: front
+    [0, 2.1, .4, .2, 0, .02, 0, .25, .1, .05],              # lower edge
+    [.6, .02, .27, .17, 0, 0, -.18, 0, 0, .04],             # eyes: sockets
+    [.28, .05, .1, .14, 0, 0, -.12, 0, 0, .03],             # sockets beside the nose
+    [.63, 0, .2, .12, 0, 0, .11, 0, 0, .02],                # eyeballs
+    [.63, 0, .32, .26, 0, 0, 0, .07, .05, 0],               # distance and height
+    [.58, -.3, .36, .1, 0, 0, .05, 0, .05, .05],            # brows
+    [.95, .52, .3, .22, .03, 0, .06, .07, .05, .06],        # face: cheekbones
+    [.95, 1.15, .35, .38, .02, 0, .02, .09, 0, .08],        # cheeks
+    [.45, 1.02, .07, .22, 0, 0, -.02, 0, 0, .02],           # folds beside the mouth
+    [1.3, 1.65, .6, .65, .03, 0, 0, .12, .05, 0],           # jaw
+    [1.35, .3, .6, .7, 0, 0, 0, .09, 0, 0],                 # width
+    [1.3, -.6, .35, .4, -.04, 0, -.02, .07, 0, 0],          # temples
+    [0, -1, .7, .4, 0, 0, .05, .05, 0, .08],                # forehead
+    [0, 2.4, 9, .6, 0, 0, 0, 0, .13, 0],                    # length of the chin's half
+    [0, -2.6, 9, 1, 0, 0, 0, 0, .14, 0]])                   # height of the skull
+
+# How far the hair stands off, and T of its hem at these azimuths from the front.
+_HEM_AZIMUTH = [0, .3, .6, .9, 1.1, 1.3, 1.42, 1.55, 1.9, 2.1, 2.4, np.pi]
+_HAIR_STYLES = dict(
+    short=(.17, [-1.38, -1.4, -1.42, -1.15, -.75, -.05, .05, -.35, -.35, .55, 1.2, 1.3]),
+    fringe=(.17, [-.6, -.57, -.55, -.45, -.2, .3, .5, .1, 0, .8, 1.5, 1.6]),
+    side=(.26, [-1.2, -1.15, -1.1, -.95, -.6, .05, .2, -.25, -.35, .6, 1.3, 1.4]),
+    curly=(.45, [-1.3, -1.3, -1.25, -1.1, -.65, .2, .4, .3, .3, .8, 1.4, 1.5]),
+    back=(.15, [-1.55, -1.52, -1.45, -1.2, -.8, -.1, -.05, -.4, -.4, .55, 1.4, 1.6]),
+    buzz=(.03, [-1.4, -1.42, -1.45, -1.15, -.8, -.15, -.1, -.4, -.4, .45, 1.1, 1.2]),
+    receding=(.12, [-1.8, -1.95, -2.1, -1.7, -.9, -.15, 0, -.4, -.4, .5, 1.2, 1.3]),
+    bald=(0, [-1.4] * 12),
+    long=(.22, [-1.65, -1.4, -1.15, -.2, 1.5, 3.2, 3.3, 3.3, 3.3, 3.3, 3.3, 3.3]),
+    bob=(.22, [-.6, -.58, -.55, -.3, 1.2, 1.7, 1.75, 1.8, 1.8, 1.8, 1.8, 1.8]),
+    wavy=(.34, [-1.55, -1.35, -1.15, -.3, .9, 2.3, 2.6, 2.6, 2.6, 2.6, 2.6, 2.6]))
+
+# Colours in linear light. Skin goes from light to dark.
+_HAIR_COLOURS = np.array([
+    [.012, .009, .008], [.03, .018, .011], [.075, .04, .02], [.16, .085, .038],
+    [.4, .26, .12], [.2, .065, .022], [.28, .27, .26], [.55, .53, .5]])
+_IRIS_COLOURS = np.array([
+    [.04, .02, .01], [.1, .04, .02], [.16, .12, .04], [.1, .16, .09], [.1, .2, .33],
+    [.2, .25, .3]])
+_SKIN_COLOURS = np.array([
+    [.74, .5, .4], [.6, .37, .26], [.36, .195, .115], [.115, .058, .038]])
+
+
+def _ramp(a, b, x):
+    """0 on a's side, 1 on b's, a cubic between."""
+    s = ((x - a) / (b - a)).clamp(0, 1)
+    return s * s * (3 - 2 * s)
+
+
+def _bell(x, width):
+    return torch.exp(-0.5 * (x / width) ** 2)
+
+
+def _unit_vector(v):
+    """v (3,...) scaled to length 1."""
+    return v * (v[0] * v[0] + v[1] * v[1] + v[2] * v[2]).clamp(min=1e-12).rsqrt()
+
+
+def _vector(*values):
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def _column(*values):
+    return _vector(*values)[:, None]
+
+
+def _normal(rng, deviation=1.0):
+    return deviation * float(np.clip(rng.standard_normal(), -2.2, 2.2))
+
+
+def _noise(rng, rows, columns, height, width):
+    """Smooth noise (height,width), variance about 1, the same at every resolution."""
+    knots = rng.standard_normal((1, 1, rows, columns), dtype=np.float32)
+    dense = rows > height or columns > width
+    return F.interpolate(torch.from_numpy(knots), size=(height, width), mode="bilinear",
+                         antialias=dense)[0, 0]
+
+
+def _sample(maps, uv):
+    """Bilinear samples (C,...) of maps (C,h,w) at uv (2,...), both in [-1,1]."""
+    grid = uv.flatten(1).T[None, None]
+    samples = F.grid_sample(maps[None], grid, align_corners=True, padding_mode="border")
+    return samples.view(-1, *uv.shape[1:])
+
+
+def _sample_grid(maps, X, T):
+    """Samples (C,...) of maps over the head's grid at canonical points X, T (...)."""
+    head = _mean_head()
+    u = np.interp(X, head.X[0], np.linspace(-1, 1, _COLUMNS))
+    v = np.interp(T, head.T[:, 0], np.linspace(-1, 1, _ROWS))
+    return _sample(maps, torch.from_numpy(np.stack([u, v])).float())
+
+
+def _canonical_x(theta):
+    """X of an azimuth: as seen from the front; past the silhouette, along the surface."""
+    side = abs(theta)
+    X = np.where(side < np.pi / 2, 1.45 * np.sin(side), 1.45 * (1 + side - np.pi / 2))
+    return np.sign(theta) * X
+
+
+def _surface_normals(points):
+    """Unit normals (3,h,w) of a grid of points (3,h,w)."""
+    down, right = torch.gradient(points, dim=(1, 2))
+    return _unit_vector(torch.linalg.cross(right, down, dim=0))
+
+
+@functools.lru_cache(maxsize=1)
+def _mean_head():
+    """What all heads share: the grid, the mean surface, the fields of the bumps."""
+    def spaced(low, high, count, density):     # closer together where it is higher
+        x = np.linspace(low, high, 4000)
+        total = np.cumsum(density(x))
+        return np.interp(np.linspace(total[0], total[-1], count), total, x)
+
+    def row_density(t):
+        nose = np.exp(-((t - .85) / .15) ** 2)
+        lips = np.exp(-((t - 1.31) / .025) ** 2)
+        return 1 + 1.2 * (abs(t - .75) < 1.5) + nose + 24 * lips + 3 * (t > 3.5)
+
+    def column_density(a):
+        ears = np.exp(-((abs(a) - 1.7) / .22) ** 2)
+        return 1 + 2 * np.exp(-(a / .8) ** 2) + 3 * ears
+
+    def smoothed(values):                      # a column of the table, at every row
+        fine = np.linspace(_LOW, _HIGH, 800)
+        kernel = np.exp(-0.5 * (np.arange(-30, 31) / 9.0) ** 2)
+        wide = np.interp(fine, _PROFILE[:, 0], values)
+        wide = np.pad(wide, 30, mode="reflect", reflect_type="odd")
+        wide = np.convolve(wide, kernel / kernel.sum(), "valid")
+        return np.interp(T, fine, wide)[:, None]
+
+    T = spaced(_LOW, _HIGH, _ROWS, row_density)
+    theta = spaced(-np.pi, np.pi, _COLUMNS, column_density)
+    height, half, front, back, lift = [smoothed(values) for values in _PROFILE.T[1:]]
+    angle = ((-.8 - T) / 2.25).clip(0, 1)[:, None] * np.pi / 2
+    dome = np.cos(angle).clip(1e-4) ** .86     # of the skull
+    cos = np.cos(theta)
+    sin = np.sin(theta)
+    y = np.where(angle > 0, -.8 - 1.42 * np.sin(angle), height - lift * sin ** 2)
+    z = -.1 + dome * np.where(cos > 0, (front + .1) * cos, (-.1 - back) * cos)
+    mean = torch.from_numpy(np.stack([half * dome * sin, y, z])).float()
+    X = torch.from_numpy(_canonical_x(theta)[None]).float()
+    T = torch.from_numpy(T[:, None]).float()
+
+    even = []                                  # fields of the shifts along y and z
+    odd = []                                   # and along x
+    for cx, cy, sx, sy in _BUMPS[:, :4]:
+        right = _bell(X - cx, sx) * _bell(T - cy, sy)
+        left = _bell(X + cx, sx) * _bell(T - cy, sy)
+        even.append(right if cx == 0 else right + left)
+        odd.append(right * X * (sx < 5) if cx == 0 else right - left)
+    even = torch.stack(even)
+    flap = X.sign() * torch.exp(-((X.abs() - 1.68) / .17) ** 4 - ((T - .33) / .5) ** 4)
+    groove = X.sign() * _bell(X.abs() - 1.62, .07) * _bell(T - .36, .2)      # of the ears
+    fields = torch.stack(odd), even, even
+    theta = torch.from_numpy(theta[None]).float()
+    return SimpleNamespace(X=X, T=T, theta=theta, mean=mean, fields=fields,
+                           flap=flap, groove=groove)
+
+
+@functools.lru_cache(maxsize=2)
+def _person(size, seed, identity):
+    """All that an identity keeps: surface, skin texture, eyes, hair, glasses."""
+    def choose(count, weights):
+        return rng.choice(count, p=weights / weights.sum())
+
+    head = _mean_head()
+    rng = np.random.default_rng([seed, identity])
+    who = SimpleNamespace()
+    who.age = rng.random() ** 1.3
+    who.male = rng.random() < .55
+    who.dark = rng.random()
+    styles = [1, 2, 2, 1.5, 1.5, .2, 0, 0, 5, 3, 4]
+    if who.male:
+        styles = [6, 2, 4, 2, 3, 2, 1 + 3 * who.age, 1.5 * who.age, .3, .1, .3]
+    who.style = choose(list(_HAIR_STYLES), np.array(styles))
+    colours = [4, 4, 3, 2, 2.2, 1, 0, 0] if who.dark < .45 else [8, 3, .5, .1, 0, 0, 0, 0]
+    grey = 15 * max(who.age - .70, 0)
+    hair = _HAIR_COLOURS[choose(8, np.array(colours) + [0, 0, 0, 0, 0, 0, grey, grey])]
+    who.hair = _column(*hair) * np.exp(_normal(rng, .2))
+    skin = [np.interp(who.dark, [0, .4, .7, 1], np.log(channel)) + _normal(rng, .05)
+            for channel in _SKIN_COLOURS.T]
+    who.skin = _column(*skin).exp()
+
+    who.eye = eye = SimpleNamespace()
+    eye.width = .30 + _normal(rng, .018)
+    eye.up = .110 + _normal(rng, .016)
+    eye.low = .080 + _normal(rng, .012)
+    eye.tilt = _normal(rng, .03) - .02
+    eye.crease = .075 + _normal(rng, .025)
+    eye.lash = 1.1 - .4 * who.male
+    iris = _IRIS_COLOURS[rng.integers(2 if who.dark > .5 else 6)]
+    eye.colour = _column(*iris) * np.exp(_normal(rng, .15))
+    fibre = 1 + .35 * _noise(rng, 6, 70, 32, 256) + .2 * _noise(rng, 10, 20, 32, 256)
+    eye.fibre = fibre.clamp(.3, 2)[None]
+    who.teeth = _column(.80, .74, .62) * rng.uniform(.75, 1)
+    who.frame = rng.uniform([.34, .22, 2, .012, .01], [.42, .32, 5, .028, .07])
+    who.glasses = rng.random() < .15
+
+    shift = np.clip(rng.standard_normal((len(_BUMPS), 3)), -1.8, 1.8)
+    shift = torch.from_numpy(_BUMPS[:, 4:7] + .8 * shift * _BUMPS[:, 7:10]).float()
+    shift = [torch.tensordot(shift[:, k], head.fields[k], 1) for k in range(3)]
+    scalp = head.mean + torch.stack(shift)
+    scalp[0] *= 1 + _normal(rng, .045)
+    ears = .1 if who.style in ("long", "bob", "wavy") else 1      # below the hair
+    who.surface = scalp.clone()
+    who.surface[0] += ears * (rng.uniform(.22, .45) * head.flap - .16 * head.groove)
+    who.surface[1:] += _column(_normal(rng, .08), -.15)[..., None] * head.flap.abs()
+    who.curtain, who.strands, hem = _grow_hair(rng, who, scalp, size)
+    who.texture = _paint_skin(rng, who, size, hem)
+    return who
+
+
+def _grow_hair(rng, who, scalp, size):
+    """Points (3,h,w), strands (cover, tone, relief), X and T of the hem."""
+    h, w = 112, 176
+    thick, hem = _HAIR_STYLES[who.style]
+    curls = who.style in ("curly", "wavy")
+    theta = torch.linspace(-np.pi, np.pi, w)
+    v = torch.linspace(0, 1, h)[:, None]
+    X = _canonical_x(theta.numpy())
+    hem = torch.from_numpy(np.interp(theta.abs(), _HEM_AZIMUTH, hem)).float()
+    hem = hem + _normal(rng, .08)
+    parted = rng.uniform(-.5, .5) * (who.style in ("side", "fringe", "long"))
+    hem = hem + parted * _bell(theta, .6) * torch.sin(2 * theta)
+    hem = F.avg_pool1d(F.pad(hem[None, None], (2, 2), mode="circular"), 5, 1)[0, 0]
+    T = _LOW + .01 + v * (hem - _LOW - .01)
+    # It lies on the skull down to the ears, and hangs from there on.
+    points = _sample_grid(scalp, *np.broadcast_arrays(X, T.clamp(max=.15)))
+    hang = (T - .15).clamp(min=0)
+    clump = _noise(rng, 10, 26, h, w) + curls * _noise(rng, 30, 70, h, w) * .7
+    taper = .4 if who.style in ("fringe", "bob") else _ramp(.9, .1, hem) * .6 + .4
+    thick = thick * rng.uniform(.7, 1.3) * (1 - _ramp(.65, .98, v) * taper)
+    thick = thick * (.55 + .45 * torch.cos(theta / 2) ** 2)
+    thick = thick * (1 + .16 * clump * _ramp(.02, .25, v))
+    up = -1.2 * _ramp(-.4, -2.2, T)
+    out = _unit_vector(torch.stack([theta.sin() + 0 * T, up, theta.cos() + 0 * T]))
+    points = points + out * (thick + .015)
+    points[0] *= 1 - .04 * _ramp(0, 1.6, hang) * (1 + .8 * clump)
+    points[1] += hang
+
+    h, w = 2 * size, 3 * size
+    relief = _noise(rng, 14, 300, h, w) + .6 * _noise(rng, 8, 110, h, w)
+    if curls:
+        relief = .4 * relief + .7 * _noise(rng, 90, 200, h, w)
+        relief = relief + .5 * _noise(rng, 45, 90, h, w)
+    v = torch.linspace(0, 1, h)[:, None]
+    cover = _ramp(1, .92, v + .035 * relief.clamp(-1.5, 1.5) * _ramp(.5, 1, v))
+    tone = (1 + .28 * relief.clamp(-2, 2) + .12 * _noise(rng, 5, 40, h, w)).clamp(min=.3)
+    return points, torch.stack([cover, tone, relief]), (X, hem)
+
+
+def _paint_skin(rng, who, size, hem):
+    """Texture (6,h,w) of the grid: colour (3), slopes of the relief (2), gloss."""
+    def spot(cx, cy, sx, sy):
+        return _bell(A - cx, sx) * _bell(T - cy, sy)
+
+    h, w = int(3.2 * size), 3 * size
+    resize = functools.partial(F.interpolate, mode="bilinear", align_corners=True)
+    T = resize(_mean_head().T[None, None], size=(h, 1))[0, 0]
+    X = resize(_mean_head().X[None, None], size=(1, w))[0, 0]
+    A = X.abs()
+    dark = who.dark
+    age = who.age
+    hair = who.hair[..., None]
+    pore = _noise(rng, 340, 300, h, w)
+    blotch = _noise(rng, 40, 36, h, w)
+    broad = _noise(rng, 12, 10, h, w)
+
+    # Skin: red cheeks, nose, ears and chin, dark hollows.
+    flush = rng.uniform(.10, .24) * (
+        .5 * spot(.85, .75, .3, .25) + .6 * spot(0, .72, .16, .14)
+        + .5 * spot(1.65, .3, .2, .4) + .3 * spot(0, 1.9, .3, .2) + .15 * broad)
+    hollow = (
+        .4 * spot(.27, .03, .07, .09) + .18 * spot(.62, -.17, .22, .05)
+        + .5 * spot(.24, .95, .12, .03) + .25 * spot(0, 1.56, .22, .05)
+        + .3 * spot(.6, 1.31, .05, .05) + .22 * spot(.32, .8, .04, .12)
+        + (.1 + .25 * age) * spot(.55, .26, .22, .07) + .6 * spot(1.62, .4, .05, .15)
+        + .35 * _ramp(2, 2.6, T))
+    colour = who.skin[..., None] * (1 - hollow.clamp(max=.9))
+    colour = colour * (1 + .08 * pore + .06 * blotch + .05 * broad)
+    colour = colour * torch.stack([1 + .4 * flush, 1 - flush, 1 - .9 * flush])
+    relief = (.0012 * pore + .003 * blotch) * _bell(A, 1.2)
+    if dark < .5 and rng.random() < .35:
+        freckles = (spot(.6, .5, .5, .4) + spot(0, .3, .3, .4)).clamp(max=1)
+        freckles = freckles * _ramp(1.2, 2.2, _noise(rng, 210, 190, h, w))
+        colour = torch.lerp(colour, colour * _column(.75, .62, .55)[..., None], freckles)
+    for _ in range(rng.integers(2, 9)):
+        x = rng.uniform(-1.3, 1.3)
+        t = rng.uniform(-1.2, 2.1)
+        radius = rng.uniform(.012, .038)
+        mole = _ramp(1.3, .7, ((X - x) ** 2 + (T - t) ** 2).sqrt() / radius)
+        colour = torch.lerp(colour, .35 * colour, mole * rng.uniform(.5, 1))
+
+    # Wrinkles: on the forehead, beside the mouth, under the eyes.
+    warp = .03 * broad + .02 * blotch
+    forehead = torch.cos((T + warp + .05 * A * A) * 37)
+    forehead = .5 * age * _ramp(.75, 1, forehead) * spot(0, -.85, .55, .22)
+    fold_at = A - .33 - .6 * (T - .85).clamp(0, .65) - .3 * warp
+    folds = (.2 + .4 * age) * _bell(fold_at, .022)
+    folds = folds * _ramp(.75, .9, T) * _ramp(1.5, 1.2, T)
+    bag = T - .22 - .25 * (A - .6) ** 2 + .3 * warp
+    wrinkles = forehead + folds + (.1 + .3 * age) * _bell(bag, .015) * _bell(A - .6, .2)
+    colour = torch.lerp(colour, .55 * colour, wrinkles)
+
+    # Lips.
+    full = 1 + _normal(rng, .25)
+    bow = (1 - (A / .56) ** 2).clamp(min=0)
+    edge = 1.31 - .15 * full * bow ** .7 - .03 * _bell(A - .1, .06) + .02 * _bell(A, .05)
+    lips = _ramp(-.02, .02, T - edge) * _ramp(.58, .52, A)
+    lips = lips * _ramp(.03, -.02, T - 1.31 - .19 * full * bow ** .6)
+    made_up = not who.male and rng.random() < .5
+    creases = _noise(rng, 6, 420, h, w)
+    if made_up:
+        tint = rng.uniform([.6, .12, .18], [1, .4, .42])
+    else:
+        tint = rng.uniform([.8, .48, .5], [1, .7, .7])
+    tint = who.skin * (1 - .35 * dark) * _column(*tint)
+    tint = tint[..., None] * (1 + .06 * creases) * (1 - hollow)
+    colour = torch.lerp(colour, tint, lips)
+    relief = (relief - .010 * wrinkles) * (1 - lips) + .002 * lips * creases
+    gloss = .35 * (1 + lips) + .25 * spot(0, .6, .15, .3) + .2 * spot(0, -.9, .6, .3)
+
+    # Brows: p along, q across, strands that lean outwards.
+    p = (A - .28 - _normal(rng, .03)) / .72
+    arch = (.07 + _normal(rng, .035)) * (1 - (p / .62 - 1) ** 2)
+    q = T + .34 + arch - _normal(rng, .03) - _normal(rng, .04) * p
+    width = .06 + .012 * who.male + _normal(rng, .017)
+    q = q / (width * (1.15 - .75 * p).clamp(min=.15))
+    comb = 22 * p - 1.3 * (1 - p) * q + .35 * blotch + .12 * pore
+    comb = torch.cos(2 * np.pi * comb)
+    brow = _ramp(-.05, .10, p + .03 * comb) * _ramp(1.05, .75, p)
+    brow = brow * _ramp(1.4, .3, q.abs() + .25 * comb)
+    whisker = hair.clamp(max=.25) * _column(1, .86, .74)[..., None]
+    stubble = _noise(rng, 420, 360, h, w)
+    brow = (brow * (.8 + .25 * comb) * rng.uniform(.6, 1)).clamp(0, .95)
+    colour = torch.lerp(colour, .7 * whisker, brow)
+
+    # Beard: none, a shadow, a full one, a moustache, a goatee.
+    grown = rng.random() * who.male
+    if grown > .3:
+        shadow = grown < .6
+        moustache = spot(.22, 1.1, .22, .055)
+        beard = T - 1.42 + .95 * _ramp(.7, 1.45, A) + .07 * blotch
+        beard = _ramp(-.08, .10, beard) * _ramp(2.7, 2.2, T) * _ramp(1.64, 1.52, A)
+        beard = beard * _ramp(.25, .45, A + 3 * (T - 1.42).clamp(min=0))
+        if grown < .88:
+            beard = torch.maximum(beard, moustache)
+        else:
+            beard = 1.2 * moustache + (grown > .94) * spot(0, 1.85, .35, .3)
+        beard = beard.clamp(0, 1) * (1 - lips)
+        cover = beard * (.22 + .15 * stubble if shadow else .72 + .35 * stubble)
+        colour = torch.lerp(colour, whisker * (1 + .3 * stubble), cover.clamp(0, .97))
+        relief = relief + .0015 * (1 + (not shadow)) * beard * stubble
+        gloss = gloss * (1 - .7 * beard)
+
+    # The scalp is tinted below the hair: a soft hair line. Nostrils. Clothes.
+    line = torch.from_numpy(np.interp(X[0], *hem)).float().clamp(max=1.2)
+    under = _ramp(.10, -.12, T - line + .05 * stubble)
+    under = under * (.1 if who.style == "bald" else .85)
+    colour = torch.lerp(colour, .8 * hair, under)
+    nostrils = (((A - .115) / .065) ** 2 + ((T - .93) / .03) ** 2).sqrt()
+    colour = torch.lerp(colour, .1 * colour, _ramp(1.2, .6, nostrils))
+    cloth = T - rng.uniform(-.1, .6) * _bell(A, .35) - rng.uniform(2.75, 3.2)
+    cloth = _ramp(-.02, .02, cloth)
+    dye = _column(*np.exp(rng.uniform(-3.5, -.5) + rng.uniform(-.4, .4, 3)))[..., None]
+    dye = dye * (1 + .15 * pore + .1 * _noise(rng, 20, 90, h, w))
+    colour = torch.lerp(colour, dye, cloth)
+
+    def slope(axis, coordinate):      # where rows crowd, no steeper than elsewhere
+        rise = torch.gradient(relief, dim=axis)[0]
+        step = torch.gradient(coordinate, dim=axis)[0]
+        return (rise / step.clamp(min=float(step.median()))).clamp(-2, 2)
+
+    gloss = gloss * (1 - .8 * under) * (1 - cloth)
+    return torch.stack([*colour.clamp(.004, .95), slope(1, X), slope(0, T), gloss])
+
+
+def _rotation(yaw, pitch, roll):
+    cy, cp, cr = np.cos([yaw, pitch, roll])
+    sy, sp, sr = np.sin([yaw, pitch, roll])
+    turn = np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]])
+    turn = turn @ [[1, 0, 0], [0, cp, -sp], [0, sp, cp]]
+    turn = turn @ [[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]]
+    return torch.from_numpy(turn).float()
+
+
+def _rasterise(grid, side):
+    """Draw a grid of projected points (3,h,w), x and y in pixels and z, into side x side.
+
+    It is refined until samples are closer than pixels; each falls into its pixel, and the
+    nearest is kept. Returns a mask (side,side), where the surface is seen, and the grid
+    position (2,N) in [-1,1] of the centres of those pixels.
+    """
+    factor = max(2, round(side / 86))
+    empty = 1 << 62
+    steps = [k / factor for k in range(factor)]
+    dense = [torch.lerp(grid[..., :-1], grid[..., 1:], f) for f in steps]
+    dense = torch.stack(dense, -1).flatten(-2)
+    dense = [torch.lerp(dense[:, :-1], dense[:, 1:], f) for f in steps]
+    dense = torch.stack(dense, 2).flatten(1, 2)
+    h, w = dense.shape[1:]
+    x, y, z = dense.flatten(1)
+    # A frame of one pixel around the picture collects what lies outside.
+    row = y.round().clamp(-1, side) * (side + 2)
+    cell = (row + x.round().clamp(-1, side) + (side + 3)).long()
+    # One integer a sample: depth in the high word decides, the low word is its number.
+    number = torch.arange(h * w, dtype=torch.int32)
+    key = torch.stack([number, ((20 - z) * 2e4).int()], 1).view(torch.int64)
+    best = torch.full(((side + 2) ** 2,), empty)
+    best.scatter_reduce_(0, cell, key[:, 0], "amin")
+    best = best.view(side + 2, side + 2)
+    # Pixels missed where the surface is stretched take the nearest of their neighbours.
+    up, down = best[:-2, 1:-1], best[2:, 1:-1]
+    left, right = best[1:-1, :-2], best[1:-1, 2:]
+    between = torch.minimum(torch.maximum(up, down), torch.maximum(left, right)) < empty
+    nearest = torch.minimum(torch.minimum(up, down), torch.minimum(left, right))
+    best = best[1:-1, 1:-1]
+    best = torch.where((best == empty) & between, nearest, best)
+    mask = best < empty
+
+    # From a sample to its pixel's centre, by the cell of the grid it lies in.
+    index = best[mask] & 0xffffffff
+    i = index // w
+    j = index % w
+    corner = i.clamp(max=h - 2) * w + j.clamp(max=w - 2)
+    places = [torch.stack([x.index_select(0, k), y.index_select(0, k)])
+              for k in (corner, corner + 1, corner + w, index)]
+    a = places[1] - places[0]
+    b = places[2] - places[0]
+    d = mask.nonzero().T.flip(0) - places[3]
+    area = a[0] * b[1] - a[1] * b[0]
+    area = torch.where(area.abs() < .02, 1e9, area)
+    j = j + ((d[0] * b[1] - d[1] * b[0]) / area).clamp(-1, 1)
+    i = i + ((a[0] * d[1] - a[1] * d[0]) / area).clamp(-1, 1)
+    return mask, torch.stack([j * (2 / w) - 1, i * (2 / h) - 1])
+
+
+def _background(rng, size):
+    """A place out of focus: (3,size,size), linear light."""
+    def random_colour():      # mostly greys, browns and blues
+        warm = rng.normal(0, .28)
+        level = np.exp(rng.normal(-1.5, .9))
+        colour = level * _column(warm, rng.normal(0, .06), -warm).exp()
+        return colour[..., None].clamp(.004, .9)
+
+    m = 96
+    kind = rng.integers(6)    # 1 foliage, 2 to 4 a room or a street, 5 lights
+    angle = rng.uniform(0, 2 * np.pi)
+    y = torch.linspace(0, 1, m)[:, None]
+    x = torch.linspace(0, 1, m)[None]
+    slope = (x - .5) * np.cos(angle) + (y - .5) * np.sin(angle)
+    image = random_colour() * (1 + .7 * slope)
+    image = image * (1 + .1 * _noise(rng, 4, 4, m, m) + .03 * _noise(rng, 32, 32, m, m))
+    if kind == 1:
+        leaf = .5 * _noise(rng, 4, 4, m, m) + .6 * _noise(rng, 10, 10, m, m)
+        leaf = leaf + .4 * _noise(rng, 28, 28, m, m)
+        green = np.exp(rng.normal(-.3, .5))
+        green = green * _column(rng.uniform(.05, .16), .12, .04)[..., None]
+        sky = .5 * _ramp(.9, 2, leaf) * _column(.5, .55, .4)[..., None]
+        image = green * torch.exp(.7 * leaf) + sky
+    for _ in range(rng.integers(6, 18) if kind > 1 else 0):
+        cx, cy, w, h = rng.uniform([0, 0, .02, .05], [1, 1, .25, .7])
+        colour = random_colour()
+        soft = .015 + .015 * kind
+        if kind == 5:
+            radius = ((x - cx) ** 2 + (y - cy) ** 2).sqrt()
+            image = image + .9 * colour * _ramp(soft / 4, -soft / 4, radius - .25 * w)
+        else:
+            box = _ramp(w + soft, w - soft, (x - cx).abs())
+            box = box * _ramp(h + soft, h - soft, (y - cy).abs())
+            image = image + .9 * box * (colour * (1 + .4 * (y - cy)) - image)
+    image = F.interpolate(image[None], size=(size, size), mode="bilinear")[0]
+    return image.clamp(.002, .9)
+
+
+def _lids(eye, opening, e):
+    """T of upper and lower lid at e, from the inner (-1) to the outer (1) corner."""
+    bow = (1 - e.abs() ** 2.2).clamp(min=0)
+    middle = eye.tilt * e + .015
+    low = eye.low * bow ** .8
+    upper = middle + .95 * max(0.0, 1 - opening) * low
+    return upper - opening * eye.up * bow * (1 - .12 * e), middle + low
+
+
+def _landmark_points(eye, opening):
+    """Canonical X and T (2,68) of the landmarks, in iBUG's order."""
+    theta = np.linspace(-1.52, 1.52, 17)
+    jaw = [2.17, 2.15, 2.08, 1.85, 1.25, .1]
+    jaw = np.interp(abs(theta), [0, .3, .6, .9, 1.2, 1.52], jaw)
+    jaw = np.stack([_canonical_x(theta), jaw], 1)
+    brow = np.array([[.32, -.36], [.50, -.42], [.68, -.45], [.86, -.43], [1.02, -.36]])
+    nose = [[0, -.02], [0, .23], [0, .48], [0, .72],
+            [-.24, .88], [-.12, .94], [0, .97], [.12, .94], [.24, .88]]
+    e = torch.tensor([-1, -.4, .35, 1, .35, -.4])
+    upper, lower = _lids(eye, opening, e)
+    lid = torch.where(torch.arange(6) < 4, upper, lower)
+    right = torch.stack([.63 + eye.width * e, lid], 1).numpy()
+    lips = [[-.57, 1.31], [-.35, 1.2], [-.12, 1.135], [0, 1.16], [.12, 1.135], [.35, 1.2],
+            [.57, 1.31], [.36, 1.44], [.14, 1.5], [0, 1.51], [-.14, 1.5], [-.36, 1.44],
+            [-.5, 1.31], [-.2, 1.297], [0, 1.297], [.2, 1.297],
+            [.5, 1.31], [.2, 1.323], [0, 1.323], [-.2, 1.323]]
+    flip = [-1, 1]
+    left = (right * flip)[[3, 2, 1, 0, 5, 4]]
+    return np.concatenate([jaw, (brow * flip)[::-1], brow, nose, left, right, lips]).T
+
+
+def _shade(albedo, facing, gloss, seen, light, wrap):
+    """Colours (3,N) of points with normals `facing`; `seen` is how far key light gets."""
+    key, fill, sky = light
+    colour = sky * (.75 - .35 * facing[1]) * (.55 + .45 * seen)
+    sheen = 0
+    for (direction, tint), reach in ((key, seen), (fill, 1)):
+        diffuse = ((direction @ facing + wrap) / (1 + wrap)).clamp(min=0)
+        colour = colour + tint * (diffuse * reach)
+        half_way = _unit_vector(direction + _vector(0, 0, 1))
+        sharp = (half_way @ facing).clamp(min=0).square().square().square().square()
+        sheen = sheen + tint * (.1 * reach * gloss * (sharp + sharp.square().square()))
+    return albedo * colour + sheen
+
+
+def _eyeballs(who, still, turn, gaze, light, x, inner, seen, e, below, above):
+    """Colours (3,N) of the balls; below, above: distances from the upper, lower lid."""
+    ray = -turn[2]
+    centres = _sample_grid(still, [-.63, .63], [0, 0]) - _column(0, -.01, .225)
+    offset = inner - centres[:, (x > 0).long()]
+    along = ray @ offset
+    root = (along ** 2 - (offset * offset).sum(0) + .06).clamp(min=0).sqrt()
+    ball = _unit_vector(offset - (along + root) * ray[:, None])
+    aim = _unit_vector(_vector(np.sin(gaze[0]), np.sin(gaze[1]), .97))
+    off = ball - aim[:, None] * (aim @ ball)
+    radius = (off * off).sum(0).sqrt() / .46
+    polar = torch.atan2(off[1], off[0]) / np.pi
+    polar = torch.stack([polar, (2 * radius - 1).clamp(-1, 1)])
+    ring = .55 + .6 * _ramp(.3, .8, radius) - .8 * _ramp(.8, 1, radius)
+    iris = (1.6 * who.eye.colour * _sample(who.eye.fibre, polar) * ring).clamp(min=.004)
+    white = _column(.52, .48, .46) * (1 - .25 * _ramp(.5, 1.05, e.abs()))
+    colour = torch.lerp(iris, white, _ramp(.93, 1.07, radius))
+    colour = colour * _ramp(.36, .44, radius).clamp(min=.02)      # the pupil
+    turned = turn @ ball
+    facing = _unit_vector(turned + _column(0, 0, .3))
+    colour = _shade(colour, facing, 0, seen, light, .3)
+    direction, tint = light[0]
+    half_way = _unit_vector(direction + _vector(0, 0, 1))
+    glint = half_way @ _unit_vector(turned + .25 * (turn @ aim)[:, None])
+    glint = .9 * _ramp(.989, .996, glint) * _ramp(.02, .05, below)
+    wet = .3 * _bell(above - .01, .010)
+    colour = colour * (.3 + .7 * _ramp(0, .10, below))
+    return torch.lerp(colour, 1.3 * who.skin, wet) + glint * tint
+
+
+def _mouth_inside(who, face, inner, light, seen):
+    """Colours (3,N) behind the open lips at points (3,N): teeth before a dark cavity."""
+    x = inner[0].abs()
+    y = inner[1] - _sample_grid(who.surface, [0], [1.31])[1]
+    tooth = x / .155
+    upper = y + .012 * torch.cos(2 * np.pi * tooth)
+    upper = _ramp(.085, .065, upper) * _ramp(.50, .40, x)
+    lower = _ramp(.88 * face.jaw, .88 * face.jaw + .02, y) * _ramp(.42, .32, x)
+    lower = lower * (face.jaw > .08)
+    cavity = _column(.042, .013, .011) * (.3 + 1.2 * _ramp(0, .4, y))
+    shape = (1 - 3 * x ** 2).clamp(min=.1) * (1 - .5 * _bell(tooth - tooth.round(), .06))
+    shape = shape * (.35 + .65 * seen)
+    gape = min(1.0, (face.jaw + .12 * face.grin) / .05)
+    (_, tint), _, sky = light
+    teeth = .85 * who.teeth * shape * (sky + .6 * tint)
+    return torch.lerp(cavity, teeth, gape * torch.maximum(upper, .8 * lower))
+
+
+def _put_on_glasses(who, colour, inner, x, t, eyes, turn):
+    """Draw them over colours (3,N): where rays cross a plane before the eyes."""
+    wide, high, power, rim, tint = who.frame
+    cross = inner + (eyes[2] + .30 - inner[2]) / turn[2, 2] * turn[2][:, None]
+    u = (cross[0].abs() - eyes[0]).abs() / wide
+    v = (cross[1] - eyes[1] - .06).abs() / high
+    far = ((u ** power + v ** power) ** (1 / power) - 1) * high
+    bridge = cross[0].abs() < eyes[0] - wide
+    bridge = bridge & ((cross[1] - eyes[1] + .04).abs() < rim * 1.2)
+    arm = (x.abs() > 1.0) & (x.abs() < 1.7) & ((t + .1).abs() < .03)
+    metal = _ramp(rim + .01, rim - .005, far.abs())
+    metal = torch.maximum(metal, (bridge | arm).float())
+    colour = colour * (1 - .08 * (far < 0))      # through the lens
+    return torch.lerp(colour, torch.full_like(colour, tint), metal)
+
+
+def _cast_shadows(key, points, casters, pivot):
+    """How far light from `key` reaches points (3,h,w) past casters (3,N), by depths."""
+    n = 72
+    across = _unit_vector(torch.linalg.cross(_vector(0, 1, 0), key))
+    frame = torch.stack([across, torch.linalg.cross(key, across), key])
+    rays = frame @ (casters - pivot)
+    cell = ((rays[:2] / 3.4 + 1) * (n / 2)).long().clamp(0, n - 1)
+    depth = torch.full((n * n,), -9.0)
+    depth.scatter_reduce_(0, cell[1] * n + cell[0], rays[2], "amax")
+    depth = depth.view(1, n, n)
+    rays = (frame @ (points.flatten(1) - pivot)).view_as(points)
+    place = rays[:2] / 3.4 * (1 + 1 / n)
+    taps = torch.tensor([[-1, -1], [1, -1], [-1, 1], [1, 1], [0, 0]])[..., None, None]
+    free = [_ramp(.32, .12, _sample(depth, place + tap)[0] - rays[2])
+            for tap in taps * (1.4 / n)]
+    seen = (.25 + .15 * sum(free))[None, None]
+    return F.avg_pool2d(F.pad(seen, (1, 1, 1, 1), mode="replicate"), 3, 1)[0]
+
+
+def _pull_face(rng, who):
+    """A random expression, and the surface (3,h,w) that it gives to a person's head."""
+    head = _mean_head()
+    X = head.X
+    T = head.T
+    A = X.abs()
+    face = SimpleNamespace()
+    face.jaw = max(0.0, rng.uniform(-.7, .42)) * rng.uniform(.2, 1)
+    face.smile = float(np.clip(.25 + _normal(rng, .4), -.35, 1.1))
+    face.grin = max(face.smile, 0)
+    face.opening = .05                                        # of the lids
+    if rng.uniform() >= .06:
+        face.opening = float(np.clip(1 - .12 * face.grin + _normal(rng, .10), .5, 1.2))
+    # All below the lips turns with the jaw; the step between the lips opens the mouth.
+    between = (1 - (A / .55) ** 2).clamp(min=0) ** .5
+    step = _ramp(1.298, 1.322, T)
+    drop = between * step + (1 - between) * _ramp(.7, 2, T) * _ramp(1.7, 1.1, A)
+    drop = drop * _ramp(3.4, 2.4, T) * _ramp(1.7, .9, A)
+    corner = _bell(A - .56, .22) * _bell(T - 1.31, .22)
+    cheek = _bell(A - .8, .25) * _bell(T - .75, .25)
+    upper = (1 - step) * _ramp(.85, 1.25, T) * (.09 * face.grin + .08 * face.jaw)
+    lift = between * (upper - step * _ramp(1.7, 1.3, T) * .045 * face.grin)
+    brows = _normal(rng, .07) * _bell(T + .35, .14) * _bell(A - .6, .5)
+    dx = X.sign() * (.09 * face.smile - .10 * face.jaw) * corner
+    dy = face.jaw * drop - lift - face.smile * (.13 * corner + .06 * cheek) - brows
+    dz = .07 * face.grin * cheek - .08 * face.smile * corner - .25 * face.jaw * drop
+    return face, who.surface + torch.stack([dx, dy, dz])
+
+
+def _random_light(rng):
+    """Key and fill light, each (direction, colour), and the colour of the sky."""
+    azimuth = rng.uniform(-1.1, 1.1)
+    elevation = rng.uniform(-.05, .9)
+    warm = _normal(rng, .08)
+    level = np.cos(elevation)
+    key = _vector(np.sin(azimuth) * level, -np.sin(elevation), np.cos(azimuth) * level)
+    fill = -np.sign(azimuth) * rng.uniform(.4, 1.2)
+    fill = _unit_vector(_vector(fill, rng.uniform(-.5, .2), rng.uniform(.3, 1)))
+    key_tint = _column(1 + warm, 1, 1 - warm) * rng.uniform(.75, 1.1)
+    fill_tint = _column(1 - warm, 1, 1 + warm) * rng.uniform(.12, .4)
+    sky = _column(1, 1.02, 1.06) * rng.uniform(.16, .32)
+    return (key, key_tint), (fill, fill_tint), sky
+
+
+def _colour_skin(who, face, still, turn, gaze, light, maps, uv):
+    """Colours (3,N), depths (N,) of skin, eyes, mouth and glasses at uv (2,N)."""
+    facing, depth, inner, seen, x, t = _sample(maps, uv).split([3, 1, 3, 1, 1, 1])
+    albedo, slopes, gloss = _sample(who.texture, uv).split([3, 2, 1])
+    seen = seen[0]
+    x = x[0]
+    t = t[0]
+    a = x.abs()
+    down = turn[:, 1:2].expand_as(facing)
+    across = torch.linalg.cross(down, facing, dim=0)
+    facing = _unit_vector(facing - slopes[0] * across - slopes[1] * down)
+    e = (a - .63) / who.eye.width
+    upper, lower = _lids(who.eye, face.opening, e)
+    near = ((e.abs() < 1.25) & (t.abs() < .34)).float()
+    crease = _bell(t - upper + who.eye.crease, .014)
+    crease = min(face.opening, 1) * crease * _ramp(1.15, .8, e.abs())
+    rim = _bell(t - lower - .012, .012) * _ramp(1.1, .9, e.abs())
+    albedo = albedo * (1 - near * (.45 * crease + .15 * rim))
+    colour = _shade(albedo, facing, gloss, seen, light, _column(.40, .20, .15))
+
+    k = (near > 0) & (t > upper - .02) & (t < lower + .02) & (e.abs() < 1.03)
+    k = k.nonzero()[:, 0]
+    below = (t - upper)[k]
+    above = (lower - t)[k]
+    ball = _eyeballs(who, still, turn, gaze, light, x[k], inner[:, k], seen[k], e[k],
+                     below, above)
+    ball_seen = _ramp(-.008, .008, below) * _ramp(-.008, .008, above)
+    colour[:, k] = torch.lerp(colour[:, k], ball, ball_seen)
+    lash = _ramp(-.06, -.01, t - upper) * _ramp(.02, 0, t - upper)
+    lash = lash * (.3 + .4 * e.clamp(0, 1))
+    lash = (lash * (.6 + .4 * torch.sin(190 * a + 60 * (t - upper)))
+            + .9 * _bell(t - upper + .004, .012) + .25 * _bell(t - lower - .006, .008))
+    lash = near * who.eye.lash * _ramp(1.12, .95, e.abs()) * lash
+    colour = colour * (1 - .88 * lash.clamp(0, 1))
+
+    hole = _ramp(.010, .004, (t - 1.31).abs()) * _ramp(.56, .50, a)
+    k = hole.nonzero()[:, 0]
+    teeth = _mouth_inside(who, face, inner[:, k], light, seen[k])
+    colour[:, k] = torch.lerp(colour[:, k], teeth, hole[k])
+    if who.glasses:
+        eyes = _sample_grid(still, [.63], [0])[:, 0]
+        colour = _put_on_glasses(who, colour, inner, x, t, eyes, turn)
+    return colour, depth[0]
+
+
+def _colour_hair(who, light, maps, uv, strands_uv):
+    """Colours (3,N), depths (N,) and cover (N,) of the hair at uv (2,N)."""
+    facing, depth, along = _sample(maps, uv).split([3, 1, 3])
+    cover, tone, relief = _sample(who.strands, strands_uv)
+    front = (facing[2] > 0).float()
+    facing = _unit_vector(facing * (2 * front - 1) + .25 * relief * _column(1, 0, 0))
+    colour = _shade(who.hair * tone * (.3 + .7 * front), facing, 0, 1, light, .3)
+    for direction, tint in light[:2]:      # strands shine across their direction
+        cosine = _unit_vector(direction + _vector(0, 0, 1)) @ along + .06 * relief
+        sine = (1 - cosine ** 2).clamp(min=0)
+        amount = (direction @ facing).clamp(min=0).sqrt() * front * tone
+        shine = .035 * sine ** 30 + (.10 * who.hair + .01) * sine ** 7
+        colour = colour + tint * amount * shine
+    return colour, depth[0], cover
+
+
+def _render_face(size, seed, identity, shot):
+    """A picture, uint8 (3,size,size), and its landmarks, float32 (68,2), in pixels."""
+    head = _mean_head()
+    who = _person(size, seed, identity)
+    rng = np.random.default_rng([seed, identity, shot, 1])
+    side = 2 * size      # supersampled twice
+    face, still = _pull_face(rng, who)
+
+    # Pose: the neck follows the head, the shoulders hardly.
+    angles = [15 * rng.normal(), _normal(rng, 7), _normal(rng, 5)]
+    yaw, pitch, roll = np.deg2rad(np.clip(angles, [-40, -20, -15], [40, 20, 15]))
+    gaze = [_normal(rng, .16) - .5 * yaw, _normal(rng, .10) + .3 * pitch]
+    gaze = np.clip(gaze, -.4, .4)
+    turn = _rotation(yaw, pitch, roll)
+    body = _rotation(.35 * yaw + _normal(rng, .1), .1 * pitch, .3 * roll)
+    follow = _ramp(3.6, 2.2, head.T).expand(_ROWS, _COLUMNS).flatten()
+    pivot = _column(0, 1.2, -.4)
+    rest = still.flatten(1) - pivot
+    points = (turn @ rest) * follow + (body @ rest) * (1 - follow) + pivot
+    points = points.view_as(still)
+    curtain = (turn @ (who.curtain.flatten(1) - pivot) + pivot).view_as(who.curtain)
+
+    # Camera: perspective, framed on eyes and mouth.
+    distance = 17.0
+    zoom = 1560 * (1 + _normal(rng, .05))
+    anchor = _sample_grid(points, [-.63, .63, -.5, .5], [0, 0, 1.35, 1.35]).mean(1)
+    shift = _vector(256 + _normal(rng, 9), 304 + _normal(rng, 9))
+    shift = shift - anchor[:2] * zoom / (distance - anchor[2])
+
+    def project(p):      # (3,...) -> x, y in supersampled pixels, z
+        x = p[0] * zoom / (distance - p[2]) + shift[0]
+        y = p[1] * zoom / (distance - p[2]) + shift[1]
+        return torch.stack([x * (side / 512) - .5, y * (side / 512) - .5, p[2]])
+
+    light = _random_light(rng)
+    haired = who.style != "bald"
+    casters = [points.flatten(1), curtain.flatten(1)] if haired else [points.flatten(1)]
+    seen = _cast_shadows(light[0][0], points[:, ::2, ::2], torch.cat(casters, 1), pivot)
+    seen = F.interpolate(seen[None], size=(_ROWS, _COLUMNS), mode="bilinear")[0]
+    image = _background(rng, side) * rng.uniform(.5, 1.1)
+    nearest = torch.full((side, side), -9.0)
+
+    def columns_in_view(theta, limit):      # the part of a grid that can face the camera
+        left, right = ((theta + yaw).abs() < limit).nonzero()[[0, -1], 0].tolist()
+        return left, right - left
+
+    def whole_grid(uv, left, span, last):   # uv of a part, as uv of the grid
+        u = ((uv[0] + 1) / 2 * span + left) * (2 / last) - 1
+        return torch.stack([u, uv[1]])
+
+    left, span = columns_in_view(head.theta[0], 1.85)
+    mask, uv = _rasterise(project(points[:, :, left:left + span + 1]), side)
+    uv = whole_grid(uv, left, span, _COLUMNS - 1)
+    maps = torch.cat([_surface_normals(points), points[2:], still, seen,
+                      head.X.expand(1, _ROWS, -1), head.T.expand(1, -1, _COLUMNS)])
+    image[:, mask], nearest[mask] = _colour_skin(
+        who, face, still, turn, gaze, light, maps, uv)
+
+    if haired:
+        last = curtain.shape[2] - 1
+        limit = 4 if who.style in ("long", "bob", "wavy") else 1.9      # 4: all of it
+        left, span = columns_in_view(torch.linspace(-np.pi, np.pi, last + 1), limit)
+        curtain = curtain[:, :, left:left + span + 1]
+        mask, uv = _rasterise(project(curtain), side)
+        along = _unit_vector(torch.gradient(curtain, dim=1)[0])
+        maps = torch.cat([_surface_normals(curtain), curtain[2:], along])
+        colour, depth, cover = _colour_hair(
+            who, light, maps, uv, whole_grid(uv, left, span, last))
+        cover = cover * (depth > nearest[mask] - .06)
+        image[:, mask] = torch.lerp(image[:, mask], colour, cover)
+
+    # Box filter, exposure, white balance, tone curve.
+    gain = 1.35 * np.exp(_normal(rng, .12))
+    gain = gain * _column(1 + _normal(rng, .04), 1, 1 + _normal(rng, .04))
+    image = F.avg_pool2d(image[None], 2)[0] * gain[..., None]
+    image = (image * (1 + .12 * image) / (1 + .55 * image)).clamp(0, 1) ** (1 / 2.2)
+    marks = _sample_grid(points, *_landmark_points(who.eye, face.opening))
+    marks = (project(marks)[:2].T + .5) / 2 - .5
+    return (image * 255 + .5).to(torch.uint8).numpy(), marks.numpy()
+
+
+def _render_person(size, seed, shots, identity):
+    """Pictures, uint8 (shots,3,size,size), and landmarks, float32 (shots,68,2)."""
+    faces = [_render_face(size, seed, identity, shot) for shot in range(shots)]
+    return np.stack([face[0] for face in faces]), np.stack([face[1] for face in faces])
+
+
+class RenderedFaces(torch.utils.data.Dataset):
+    """Rendered people. Item i depends on (seed, i) alone: person i // per_identity.
+
+    They are rendered once, on all cores, and kept in the folder `cache` (default CACHE).
+    """
+
+    def __init__(self, size=128, identities=288, per_identity=6, seed=0, cache=None):
+        self.size = size
+        self.per_identity = per_identity
+        self.identity = torch.arange(identities).repeat_interleave(per_identity)
+        self.names = [f"person {seed}-{number}" for number in range(identities)]
+        self.record = np.dtype([("image", "u1", (3, size, size)),
+                                ("landmarks", "<f4", (68, 2))])
+        self.fingerprint = f"rendered{_FORMAT}-{size}-{identities}x{per_identity}-{seed}"
+        path = Path(cache or CACHE) / f"{self.fingerprint}.npy"
+        with first():                          # the other processes read what it wrote
+            self.data = self.read(path)
+            if self.data is None:
+                self.data = self.render(seed)
+                self.write(path)
+
+    def read(self, path):
+        """The cached faces, or None if there are none or the file is damaged."""
+        try:
+            data = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError, SyntaxError):
+            return None
+        return data if data.dtype == self.record and data.shape == (len(self),) else None
+
+    def render(self, seed):
+        """All faces, a person an item of work for every core."""
+        if len(self) > 64:
+            print(f"rendering {len(self)} faces at {self.size} px ...", file=sys.stderr)
+        people = len(self.names)
+        data = np.empty((people, self.per_identity), self.record)
+        # A worker may not start workers. DataLoader gives each of its own one thread.
+        nested = multiprocessing.current_process().daemon
+        workers = 0 if nested else min(os.cpu_count() or 1, people)
+        work = functools.partial(_render_person, self.size, seed, self.per_identity)
+        loader = torch.utils.data.DataLoader(
+            range(people), batch_size=None, num_workers=workers, collate_fn=work)
+        for number, (images, landmarks) in enumerate(loader):
+            data[number]["image"] = images
+            data[number]["landmarks"] = landmarks
+        return data.reshape(-1)
+
+    def write(self, path):
+        """Cache the faces. No process ever sees half a file: it is renamed when whole."""
+        try:
+            with _replacing(path) as temporary:
+                np.save(temporary, self.data)
+        except InputError as error:
+            print(f"the rendered faces are kept in memory only: {error}", file=sys.stderr)
+
+    def __len__(self):
+        return len(self.identity)
+
+    def __getitem__(self, i):
+        image = torch.from_numpy(np.array(self.data["image"][i]))
+        return Face(image.float() / 127.5 - 1, self.landmarks(i), int(self.identity[i]))
+
+    def landmarks(self, i):
+        """Landmarks (68,2) of item i, without its picture."""
+        return torch.from_numpy(np.array(self.data["landmarks"][i]))
+
+    def damaged(self, i):
+        """Whether item i is another picture than it should be: never."""
+        return False
+
+    def others(self, i):
+        """The other pictures of the person on picture i."""
+        start = i // self.per_identity * self.per_identity
+        return [k for k in range(start, start + self.per_identity) if k != i]

@@ -1,37 +1,36 @@
 """DFDNet: blind face restoration with deep multi-scale component dictionaries.
 
-Li, Chen, Zhou, Lin, Zuo, Zhang: "Blind Face Restoration via Deep Multi-scale Component Dictionaries",
-ECCV 2020.
+Li, Chen, Zhou, Lin, Zuo, Zhang: "Blind Face Restoration via Deep Multi-scale Component
+Dictionaries", ECCV 2020.
 
-Eyes, noses and mouths of different people resemble each other. So K-means over many sharp faces gives a
-dictionary of each component, at four scales of a face recognition network's features. To restore a face
-without a picture of the same person, take each of its components, find the dictionary entry that is most
-like it once both have the same style, and add the detail of that entry where the input lacks it. A decoder,
-modulated by these enriched features, paints the face.
+Eyes, noses and mouths of different people resemble each other. So K-means over many sharp
+faces gives a dictionary of each component, at four scales of a face recognition network's
+features. Restoring a face then needs no picture of the same person: each of its
+components finds the entry most like it, once the entries have taken on its style, and
+adds what that entry has and the input lacks. A decoder, modulated by these enriched
+features, paints the face.
 
 Equation → name
-    (1) build_dictionary, kmeans      (5) ConfidenceScore                 (9) adversarial_loss
-    (2) DFDNet                        (6) SFTStage                       (10) the sum in train
-    (3) normalise_entries, restyle    (7) pixel_loss, perceptual_loss    (11) common.degrade, "dfdnet"
-    (4) match_features                (8) discriminator_loss
+    (1) build_dictionary, kmeans     (5) ConfidenceScore                (9) adversarial_loss
+    (2) DFDNet                       (6) SFTStage                      (10) the sum in train
+    (3) normalise_entries, restyle   (7) pixel_loss, perceptual_loss   (11) common.degrade
+    (4) match_features               (8) discriminator_loss
 
-    python dfdnet.py --train                           # rendered faces, minutes on two CPU cores
-    python dfdnet.py --evaluate                        # the trained network on people it has never seen
+    python dfdnet.py --train                        # rendered faces, minutes on two cores
+    python dfdnet.py --evaluate                     # on people it has never seen
     python dfdnet.py --restore photo.jpg --aligned     # your picture
 
-Open in the paper, chosen here: each training image is blurred by a Gaussian or by a motion kernel with equal
-chance; what is pasted back is the change of a component, so that the input's own detail never passes through
-RoIAlign; where boxes overlap their changes are averaged; the dictionary's faces are not balanced by pose and
-expression; layers the paper does not describe (MSDilate, the last convolutions) are the released network's.
-TINY differs from the paper in size, and in what Config says beside it.
-"""
-import argparse
+Open in the paper, chosen here: a training image is blurred by a Gaussian or by a motion
+kernel with equal chance. What is pasted back is the change of a component, so that the
+input's own detail never passes through RoIAlign. Where boxes overlap, their changes are
+averaged. The dictionary's faces are not balanced by pose and expression. Without
+--dictionary-data it is made of the training faces; the paper makes it of FFHQ and trains
+on VGGFace2. Layers that the paper does not describe (MSDilate, the last convolutions) are
+the released network's. TINY differs from the paper in size, and in what Config says
+beside it. """
 import json
-import math
 import re
-import sys
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,12 +44,12 @@ import common
 from common import InputError
 
 SCRIPT = "dfdnet"
-PARTS = tuple(common.COMPONENTS)           # left eye, right eye, nose, mouth
+COMPONENTS = tuple(common.COMPONENTS)           # left eye, right eye, nose, mouth
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 2. Config
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
@@ -60,89 +59,120 @@ class Config:
     size: int = 128                          # pixels, height = width
     seed: int = 0
 
-    encoder: str = "recogniser"              # Ψ; "vgg" is VGG-Face, or VGG-19 where no file is given
+    encoder: str = "recogniser"              # Ψ; "vgg": VGG-Face, or VGG-19 without a file
     entries: int = 64                        # K, clusters for each component and scale
-    dictionary_images: int = 768             # faces the dictionaries are made of; 10,000 in the paper
-    dft_scales: tuple = (1, 2, 3, 4)         # s, where DFT blocks enrich the features; 1 is the finest
+    dictionary_images: int = 768             # faces they are made of; 10,000 in the paper
+    kmeans_rounds: int = 15                  # of K-means, at most, from one start
+    component_base: int = 256                # pixels that component_sizes refers to
+    smallest: int = 4                        # the least of them
+
+    dft_scales: tuple = (1, 2, 3, 4)         # s of the DFT blocks; 1 is the finest
     cadain: bool = True                      # Eq. (3)
     confidence: bool = True                  # Eq. (5)
-    width: int = 16                          # channels at full size, after the last decoder stage
-    paint_blocks: int = 0                    # residual blocks there; 2 in the released network
-    residual: bool = True                    # added to I^d: a short training need not learn to copy
-    released: bool = False                   # the network of the published weights, see the last chapter
+    width: int = 16                          # channels of the decoder at full size
+    paint_blocks: int = 0                    # residual blocks there; 2 as released
+    residual: bool = True                    # Î is added to I^d: nothing learns to copy
+    discriminator_width: int = 16
 
     weight_pixel: float = 100.0              # λ_l2
-    weight_perceptual: tuple = (0.05, 0.1, 0.2, 0.4)     # λ_p,1 … λ_p,4; paper's / 10: another encoder
-    weight_adversarial: tuple = (0.04, 0.02, 0.01, 0.01)  # λ_a,r for r = 1, 2, 4, 8; paper's / 100
-    discriminator_width: int = 16
+    weight_perceptual: tuple = (0.05, 0.1, 0.2, 0.4) # λ_p,1 … λ_p,4; paper's / 10
+    weight_adversarial: tuple = (0.04, 0.02, 0.01, 0.01) # λ_a,1, 2, 4, 8; paper's / 100
+
     learning_rate: float = 3e-3              # 15 times the paper's: the network is small
     betas: tuple = (0.5, 0.999)              # β1, β2 of Adam
-    clip: float = 1.0                        # longest gradient; the paper clips none
-    cooldown: float = 0.3                    # last part of the steps: the rate falls to 0; none in the paper
-    patience: int = 1                        # validations without a better loss before the rate is halved
+    clip: float | None = 1.0                 # longest gradient; the paper clips none
+    cooldown: float = 0.3                    # last part of the steps: the rate falls to 0
+    patience: int | None = None              # validations that are no better, then the rate
+    plateau: float = 0.5                     # falls to this part of itself
     steps: int = 650
-    batch: int = 4                           # images a process and step
+    batch: int = 4                           # faces a process and step
     validate_every: int = 50                 # steps; also when a checkpoint is written
+    validated: int = 32                      # faces
+    tested: int | None = 128                 # held-out faces measured in the end, at most
     degradation: str = "dfdnet"              # Eq. (11)
 
+    def rate(self, step):
+        """The learning rate of a step from 1 on: constant, then falling to 0."""
+        left = (self.steps - step + 1) / max(self.cooldown * self.steps, 1)
+        return self.learning_rate * min(left, 1)
+
     @property
-    def part_sizes(self):
-        """(4 scales) × (4 parts): side of the resampled components; 40, 40, 25, 55 at scale 1 of 256 pixels,
-        halved from scale to scale, in proportion for other sizes; in TINY never under 4, below which Eq. (3)
-        has no statistics to match."""
-        base, least = 512 if self.released else 256, 4 if self.encoder == "recogniser" else 1
-        return [[max(part * self.size // base >> scale, least) for part in (40, 40, 25, 55)]
-                for scale in range(4)]
+    def component_sizes(self):
+        """(4 scales) × (4 components): side of the resampled features.
+
+        The paper's are 40, 40, 25, 55 at scale 1 of 256 pixels, halved from scale to
+        scale; in proportion for other sizes. Below `smallest`, Eq. (3) has no statistics
+        to match. """
+        sizes = []
+        for scale in range(4):
+            shrink = self.component_base * 2**scale
+            sizes.append([max(side * self.size // shrink, self.smallest) for side in (40, 40, 25, 55)])
+        return sizes
 
 
 TINY = Config()
-PAPER = replace(TINY, preset="paper", size=256, encoder="vgg", entries=256, dictionary_images=10_000,
-                width=64, paint_blocks=2, residual=False, weight_perceptual=(0.5, 1.0, 2.0, 4.0),
-                weight_adversarial=(4.0, 2.0, 1.0, 1.0), discriminator_width=64, learning_rate=2e-4,
-                clip=math.inf, cooldown=0, patience=0, steps=400_000, batch=8, validate_every=5_000)
+PAPER = replace(
+    TINY, preset="paper", size=256, encoder="vgg", entries=256, dictionary_images=10_000,
+    kmeans_rounds=100, smallest=2, width=64, paint_blocks=2, residual=False,
+    discriminator_width=64, weight_perceptual=(0.5, 1.0, 2.0, 4.0),
+    weight_adversarial=(4.0, 2.0, 1.0, 1.0), learning_rate=2e-4, clip=None, cooldown=0,
+    patience=3, steps=400_000, batch=8, validate_every=5_000, validated=200, tested=None)
 # The paper gives 4 days on 4 V100s, not steps or batch.
-RELEASED = replace(PAPER, preset="released", size=512, released=True, entries=512, batch=2)
-PRESETS = {"tiny": TINY, "paper": PAPER, "released": RELEASED}
-VARIANTS = {                                 # Tables 2 and 3 of the paper
-    "full": {}, "0dft": {"dft_scales": ()}, "2dft": {"dft_scales": (3, 4)}, "no-cadain": {"cadain": False},
-    "no-confidence": {"confidence": False}, **{f"k{k}": {"entries": k} for k in (16, 64, 128, 256, 512)}}
+RELEASED = replace(PAPER, preset="released", size=512, component_base=512, entries=512)
+PRESETS = {"tiny": TINY, "paper": PAPER}
+VARIANTS = {                                 # the rows of Tables 2 and 3
+    "full": {}, "0dft": {"dft_scales": ()}, "2dft": {"dft_scales": (3, 4)},
+    "no-cadain": {"cadain": False}, "no-confidence": {"confidence": False},
+    **{f"k{k}": {"entries": k} for k in (16, 64, 128, 256, 512)}}
+COLUMNS = ("x4_psnr", "x4_ssim", "x4_lpips", "x8_psnr", "x8_ssim", "x8_lpips")
+PAPER_FIGURES = {variant: dict(zip(COLUMNS, row)) for variant, row in {      # there
+    "full": (27.54, 0.923, 0.114, 23.73, 0.872, 0.239),
+    "0dft": (25.30, 0.896, 0.239, 23.06, 0.839, 0.253),
+    "2dft": (26.43, 0.905, 0.161, 23.24, 0.848, 0.261),
+    "no-cadain": (25.47, 0.897, 0.190, 22.97, 0.836, 0.270),
+    "no-confidence": (27.23, 0.914, 0.129, 23.51, 0.862, 0.246),
+    "k16": (26.79, 0.908, 0.144, 23.21, 0.839, 0.257),
+    "k64": (27.15, 0.914, 0.126, 23.38, 0.856, 0.266),
+    "k128": (27.43, 0.919, 0.120, 23.56, 0.867, 0.248),
+    "k256": (27.54, 0.923, 0.114, 23.73, 0.872, 0.239),
+    "k512": (27.55, 0.923, 0.110, 23.75, 0.873, 0.231),
+}.items()}
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 3. Network
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 def crop_components(features, boxes, stride, sizes):
-    """RoIAlign: features (B,C,h,w) of `stride` pixels each, boxes (B,4,4) → four parts (B,C,size,size)."""
+    """RoIAlign: features (B,C,h,w) of `stride` pixels each, boxes (B,4,4) → four
+    (B,C,size,size)."""
     sample = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None]
-    features = features.float().contiguous()    # for RoIAlign: converted once, not once a component
-    return [roi_align(features, torch.cat([sample, box], 1), size, 1 / stride, sampling_ratio=2,
-                      aligned=True) for box, size in zip(boxes.unbind(1), sizes)]
+    features = features.float().contiguous()    # as RoIAlign wants them: once, not four times
+    parts = []
+    for box, size in zip(boxes.unbind(1), sizes):
+        box = torch.cat([sample, box], 1)
+        parts.append(roi_align(features, box, size, 1 / stride, sampling_ratio=2, aligned=True))
+    return parts
 
 
 def paste_components(parts, boxes, stride, shape):
-    """Reverse RoIAlign: four (B,C,size,size) resampled into their boxes, else 0; shape (h,w) → (B,C,h,w).
+    """Reverse RoIAlign: parts, one (B,C,n,n) a component, are resampled into their boxes
+    (B,parts,4).
 
-    Bilinear resampling is separable, so a part becomes Y · part · Xᵀ with two small matrices, zero outside
-    the box. Where boxes overlap, the mean is taken.
+    Bilinear; 0 outside the boxes, the mean where they overlap; shape (h,w) → (B,C,h,w).
     """
-    sides = [part.shape[-1] for part in parts]
-    sizes = torch.tensor(sides, device=boxes.device)[:, None]                                   # (parts,1)
-    columns = torch.arange(max(sides), device=boxes.device)
-    weights, inside = [], []
-    for axis, length in ((1, shape[0]), (0, shape[1])):                                      # y, then x
-        low, high = (boxes[:, :, edge, None] / stride for edge in (axis, axis + 2))
-        centre = torch.arange(length, device=boxes.device) + 0.5
-        inside.append(((centre > low) & (centre < high)).float())
-        # Which of a part's positions, 0 to size - 1, each of the map's takes: (B,parts,length).
-        position = ((centre - low) / (high - low) * sizes - 0.5).clamp(min=0).minimum(sizes - 1)
-        hat = (1 - (position[..., None] - columns).abs()).clamp(min=0)
-        weights.append(hat * inside[-1][..., None])                           # (B,parts,length,largest side)
-    total = 0
-    for index, (part, side) in enumerate(zip(parts, sides)):                     # a loop, as sizes differ
-        y, x = (weight[:, index, None, :, :side] for weight in weights)
-        total = total + y @ part.float() @ x.transpose(2, 3)
-    cover = (inside[0][:, :, :, None] * inside[1][:, :, None]).sum(1, keepdim=True)
+    x = torch.arange(shape[1], device=boxes.device) + 0.5     # centres of the features
+    y = torch.arange(shape[0], device=boxes.device) + 0.5
+    total, cover = 0, 0
+    for part, box in zip(parts, boxes.unbind(1)):             # a loop, as the sizes n differ
+        x1, y1, x2, y2 = (box[:, :, None] / stride).unbind(1)
+        u = 2 * (x - x1) / (x2 - x1) - 1                      # (B,w), -1 to 1 inside the box
+        v = 2 * (y - y1) / (y2 - y1) - 1                      # (B,h)
+        grid = torch.stack(torch.broadcast_tensors(u[:, None], v[:, :, None]), 3)
+        inside = (grid.abs() < 1).all(3)[:, None]             # (B,1,h,w)
+        pasted = F.grid_sample(part.float(), grid, padding_mode="border", align_corners=False)
+        total = total + pasted * inside
+        cover = cover + inside
     return total / cover.clamp(min=1)
 
 
@@ -153,50 +183,54 @@ def statistics(part):
 
 
 def normalise_entries(entries):
-    """The bracket of Eq. (3): (Dic − μ(Dic)) / σ(Dic), (K,C,h,w) → the same. Needs no input: done once."""
+    """The bracket of Eq. (3): (Dic − μ(Dic)) / σ(Dic), (K,C,h,w) → the same. Needs no
+    input: done once."""
     mean, deviation = statistics(entries)
     return (entries.float() - mean) / deviation
 
 
 def restyle(normalised, part):
-    """Eq. (3), CAdaIN: RDic = σ(F^d) · normalised + μ(F^d); both (B,C,h,w). (The text below Eq. (3) swaps
-    the words for σ and μ: σ is the standard deviation.)"""
+    """Eq. (3), CAdaIN: RDic = σ(F^d) · normalised + μ(F^d); both (B,C,h,w).
+
+    (The text below Eq. (3) swaps the words for σ and μ: σ is the standard deviation.)
+    """
     mean, deviation = statistics(part)
     return deviation * normalised + mean
 
 
-def match_features(part, normalised, cadain=True):
-    """Eq. (4): k of the highest S_k = ⟨F^d, RDic_k⟩. part (B,C,h,w), normalised (K,C,h,w) → indices (B,).
+def match_features(part, entries, cadain=True):
+    """Eq. (4): the k of the highest S_k = ⟨F^d, RDic_k⟩. part (B,C,h,w), entries
+    (K,C,h,w) → (B,).
 
-    Re-norming all K entries for every input is not needed. With Z_k the normalised entry, RDic_k = σ Z_k + μ
-    and S_k = Σ_c σ_c ⟨F_c, Z_k,c⟩ + Σ_c μ_c Σ F_c.
-    The last sum is the same for all k, so it cannot change the winner, and what is left is one matrix
-    product of the vector σ·F with the fixed matrix Z. As every Z_k,c sums to 0, F may be centred first, to
-    keep the numbers small: the dropped constant is a thousand times larger than the differences between
-    entries. Without CAdaIN, S_k = ⟨F, Dic_k⟩. Scores are float32 even where the rest is not. Of entries kept
-    in half precision, the eight best by scores as coarse as they are get a float32 score.
-    """
-    entries = normalised.flatten(1)
-    with torch.autocast(part.device.type, enabled=False):
-        query = part.float()
-        if cadain:
-            mean, deviation = statistics(part)
-            query = deviation * (query - mean)
-        query = query.flatten(1)
-        if entries.dtype == torch.float32:
-            return (query @ entries.T).argmax(1)
-        best = (query.to(entries.dtype) @ entries.T).topk(min(8, len(entries)), 1).indices        # (B,8)
-        scores = (entries[best].float() @ query[:, :, None])[..., 0]
-        return best.gather(1, scores.argmax(1, keepdim=True))[:, 0]
+    Restyling all K entries for every input is not needed. With Z_k the normalised entry,
+    RDic_k = σ Z_k + μ and S_k = Σ_c σ_c ⟨F_c, Z_k,c⟩ + Σ_c μ_c Σ F_c. The last sum is the
+    same for all k: it cannot change the winner. What is left is one matrix product of the
+    vector σ·F with the fixed matrix Z. As every Z_k,c sums to 0, F may be centred first,
+    which keeps the numbers small: what is dropped is a thousand times larger than the
+    differences between entries. Without CAdaIN, S_k = ⟨F, Dic_k⟩. """
+    with torch.autocast(part.device.type, enabled=False):      # else scores have three digits
+        return (matching_query(part, cadain) @ entries.flatten(1).T).argmax(1)
+
+
+def matching_query(part, cadain):
+    """The vector of match_features: σ·(F − μ), without CAdaIN F; (B,C,h,w) →
+    (B,C·h·w)."""
+    query = part.float()
+    if cadain:
+        mean, deviation = statistics(part)
+        query = deviation * (query - mean)
+    return query.flatten(1)
 
 
 def convolution(before, after, dilation=1):
-    """3×3 under spectral norm, zero-padded to the same size: all of the released network's but the last."""
+    """3×3 under spectral norm, zero-padded to the same size: all of the released
+    network's but the last."""
     return spectral_norm(nn.Conv2d(before, after, 3, padding=dilation, dilation=dilation))
 
 
 def pair(before, after, dilation=1):
-    """Two convolutions, a LeakyReLU between: the block that scores confidence, scales, shifts, dilates."""
+    """Two convolutions, a LeakyReLU between: the block that scores confidence, scales,
+    shifts, dilates."""
     return nn.Sequential(convolution(before, after, dilation), nn.LeakyReLU(0.2),
                          convolution(after, after, dilation))
 
@@ -204,8 +238,8 @@ def pair(before, after, dilation=1):
 class ConfidenceScore(nn.Module):
     """Eq. (5): F̂ = F^d + RDic* · F_Conf(RDic* − F^d). (B,C,h,w) each.
 
-    The score is a convolution's output, bounded by nothing: small where F^d lacks little only if so learned.
-    """
+    The score is a convolution's output, bounded by nothing: it learns to be small where
+    F^d lacks little. """
 
     def __init__(self, channels):
         super().__init__()
@@ -216,50 +250,65 @@ class ConfidenceScore(nn.Module):
 
 
 class DFTBlock(nn.Module):
-    """Dictionary feature transfer at one scale: RoIAlign, CAdaIN, match, confidence, reverse (Figure 1b)."""
+    """Dictionary feature transfer at one scale: RoIAlign, CAdaIN, match, confidence,
+    reverse (Figure 1b)."""
+
     def __init__(self, channels, sizes, stride, cfg):
         super().__init__()
-        self.sizes, self.stride, self.cadain = sizes, stride, cfg.cadain
-        for name, size in zip(PARTS, sizes):         # kept in dictionary.pt: gigabytes at full size
+        self.sizes = sizes
+        self.stride = stride
+        self.cadain = cfg.cadain
+        self.match = match_features
+        for name, size in zip(COMPONENTS, sizes):    # kept in dictionary.pt: gigabytes at full size
             self.register_buffer(name, torch.zeros(cfg.entries, channels, size**2), persistent=False)
-        self.confidence = nn.ModuleList(ConfidenceScore(channels) for _ in PARTS) if cfg.confidence else None
-
-    def set_dictionary(self, dictionary):
-        """Take over Dic of this scale, {part: (K,C,h,w)}; pre-normalised where CAdaIN is in use."""
-        for name in PARTS:
-            self.set_entries(name, dictionary[name])
+        self.confidence = None
+        if cfg.confidence:
+            self.confidence = nn.ModuleList(ConfidenceScore(channels) for _ in COMPONENTS)
 
     def set_entries(self, name, entries, dtype=torch.float32):
-        """Take over the entries (K,C,h,w) of a part, a few at a time: in float32 all of them are large."""
+        """Take over Dic of a component, (K,C,h,w), normalised where CAdaIN is in use.
+
+        A few at a time: in float32 all of them are large.
+        """
         stored = torch.empty(entries.flatten(2).shape, dtype=dtype, device=getattr(self, name).device)
-        for target, part in zip(stored.split(16), entries.split(16)):
-            part = part.to(stored.device)
-            target.copy_((normalise_entries(part) if self.cadain else part).flatten(2))
+        for target, some in zip(stored.split(16), entries.split(16)):
+            some = some.to(stored.device)
+            target.copy_((normalise_entries(some) if self.cadain else some).flatten(2))
         setattr(self, name, stored)
 
     def entries(self, index):
-        """Those of part number `index`, (K,C,h,w). They are kept as (K,C,h·w), in the order that matching
-        reads, which channels_last would change."""
-        return getattr(self, PARTS[index]).unflatten(2, (self.sizes[index],) * 2)
+        """Those of component number `index`, (K,C,h,w), stored flat: the order that
+        matching reads."""
+        size = self.sizes[index]
+        return getattr(self, COMPONENTS[index]).unflatten(2, (size, size))
+
+    def matched(self, index, part):
+        """RDic* of component number `index` for part (B,C,h,w), Eq. (3) and (4)."""
+        entries = self.entries(index)
+        best = entries[self.match(part, entries, self.cadain)]
+        return restyle(best, part) if self.cadain else best.float()
 
     def forward(self, features, boxes):
-        changes = []                                 # a loop, as the four sizes differ
-        for index, part in enumerate(crop_components(features, boxes, self.stride, self.sizes)):
-            entries = self.entries(index)
-            matched = entries[match_features(part, entries, self.cadain)]
-            matched = restyle(matched, part) if self.cadain else matched
-            changes.append(self.confidence[index](part, matched) - part if self.confidence
-                           else matched - part)
+        parts = crop_components(features, boxes, self.stride, self.sizes)
+        matched = [self.matched(index, part) for index, part in enumerate(parts)]
+        if self.confidence is None:                  # "-CS": RDic* takes the component's place
+            swapped = paste_components(matched, boxes, self.stride, features.shape[2:])
+            ones = [torch.ones_like(part[:, :1]) for part in parts]
+            inside = paste_components(ones, boxes, self.stride, features.shape[2:])
+            return torch.where(inside > 0, swapped, features.float()).to(features.dtype)
+        changes = [score(part, best) - part
+                   for score, part, best in zip(self.confidence, parts, matched)]
         change = paste_components(changes, boxes, self.stride, features.shape[2:])
         return features + change.to(features.dtype, memory_format=torch.channels_last)
 
 
 class MSDilate(nn.Module):
-    """The decoder's start: four pairs of convolutions, dilations 4, 3, 2, 1, fused, added to the input."""
+    """The decoder's start: four pairs of convolutions, dilations 4, 3, 2, 1, fused, added
+    to the input."""
 
     def __init__(self, channels):
         super().__init__()
-        self.branches = nn.ModuleList(pair(channels, channels, dilation) for dilation in (4, 3, 2, 1))
+        self.branches = nn.ModuleList(pair(channels, channels, d) for d in (4, 3, 2, 1))
         self.fuse = convolution(4 * channels, channels)
 
     def forward(self, x):
@@ -267,18 +316,22 @@ class MSDilate(nn.Module):
 
 
 class SFTStage(nn.Module):
-    """A decoder stage with Eq. (6): SFT = α ⊙ F^decoder + β, α and β from the enriched features F̂_s by two
-    convolutions. x, skip (B,before,h,w) → (B,after,2h,2w)."""
+    """A decoder stage with Eq. (6): SFT = α ⊙ F^decoder + β; α and β come from the
+    enriched features F̂_s by two convolutions each. x, skip (B,before,h,w) →
+    (B,after,2h,2w)."""
 
     def __init__(self, before, after):
         super().__init__()
-        self.reduce, self.widen = convolution(before, after), convolution(after, after)
-        self.scale, self.shift = pair(before, after), pair(before, after)
+        self.reduce = convolution(before, after)
+        self.widen = convolution(after, after)
+        self.scale = pair(before, after)
+        self.shift = pair(before, after)
 
     def forward(self, x, skip):
         x = F.leaky_relu(self.reduce(x), 0.2)
-        x = self.scale(skip) * x + self.shift(skip)
-        return F.leaky_relu(self.widen(F.interpolate(x, scale_factor=2, mode="bilinear")), 0.2)
+        x = self.scale(skip) * x + self.shift(skip)                                    # Eq. (6)
+        x = F.interpolate(x, scale_factor=2, mode="bilinear")
+        return F.leaky_relu(self.widen(x), 0.2)
 
 
 class Residual(nn.Module):
@@ -294,56 +347,63 @@ class Residual(nn.Module):
 
 
 class DFDNet(nn.Module):
-    """Eq. (2): Î = F(I^d | L^d, Dic). degraded (B,3,H,W) in [-1,1], boxes (B,4,4) from landmarks → restored.
+    """Eq. (2): Î = F(I^d | L^d, Dic). degraded (B,3,H,W) in [-1,1], boxes (B,4,4) from
+    landmarks → restored.
 
-    The encoder is frozen (were it trained, its features would drift away from the dictionaries'), and a list
-    hides it from the state dict: it is kept with the dictionaries.
-    """
+    The encoder is frozen: were it trained, its features would drift away from the
+    dictionaries'. """
+    block = DFTBlock
+    stage = SFTStage
+
     def __init__(self, cfg, encoder):
         super().__init__()
-        self.cfg, self._encoder = cfg, [encoder]
-        widths = encoder.widths                                                  # C of scales 1 … 4
-        block, stage = (ReleasedDFTBlock, ReleasedSFTStage) if cfg.released else (DFTBlock, SFTStage)
-        self.blocks = nn.ModuleDict({f"scale{s}": block(
-            widths[s - 1], cfg.part_sizes[s - 1], 2**s, cfg) for s in cfg.dft_scales})
+        self.cfg = cfg
+        self.__dict__["encoder"] = encoder      # no submodule: it is stored with the dictionaries
+        widths = encoder.widths                                             # C of scales 1 … 4
+        self.blocks = nn.ModuleDict()
+        for s in cfg.dft_scales:
+            sizes = cfg.component_sizes[s - 1]
+            self.blocks[f"scale{s}"] = self.block(widths[s - 1], sizes, 2**s, cfg)
         self.context = MSDilate(widths[3])
         outputs = (widths[2], widths[1], widths[0], cfg.width)
-        self.stages = nn.ModuleList(stage(before, after) for before, after in zip(reversed(widths), outputs))
+        self.stages = nn.ModuleList(self.stage(before, after)
+                                    for before, after in zip(reversed(widths), outputs))
         self.paint = nn.Sequential(convolution(cfg.width, cfg.width), nn.LeakyReLU(0.2),
                                    *[Residual(cfg.width) for _ in range(cfg.paint_blocks)],
                                    nn.Conv2d(cfg.width, 3, 3, padding=1))
         if cfg.residual:
             nn.init.zeros_(self.paint[-1].weight)
 
-    @property
-    def encoder(self):
-        return self._encoder[0]
-
     def set_dictionary(self, dictionary):
-        """dictionary: {"scale1": {part: (K,C,h,w)}, …}, as build_dictionary makes it."""
-        for name, block in self.blocks.items():
-            block.set_dictionary(dictionary[name])
+        """dictionary: {"scale1": {component: (K,C,h,w)}, …}, as build_dictionary makes
+        it."""
+        for scale, block in self.blocks.items():
+            for name, entries in dictionary[scale].items():
+                block.set_entries(name, entries)
 
     def forward(self, degraded, boxes):
         with torch.no_grad():
             features = self.encoder.features(degraded)
         x = self.context(features[3])
-        for stage, scale in zip(self.stages, (4, 3, 2, 1)):
-            skip, name = features[scale - 1], f"scale{scale}"
-            x = stage(x, self.blocks[name](skip, boxes) if name in self.blocks else skip)
+        for stage, s in zip(self.stages, (4, 3, 2, 1)):
+            skip = features[s - 1]
+            if f"scale{s}" in self.blocks:
+                skip = self.blocks[f"scale{s}"](skip, boxes)
+            x = stage(x, skip)
         image = self.paint(x).float()
         return degraded + image if self.cfg.residual else torch.tanh(image)
 
 
 class Discriminator(nn.Module):
-    """D_r: an SN-GAN patch discriminator, all under SN, of images reduced r times: (B,3,H,W) → (B,1,h,w)."""
+    """D_r: an SN-GAN patch discriminator, all under SN, of images reduced r times:
+    (B,3,H,W) → (B,1,h,w)."""
+
     def __init__(self, width):
         super().__init__()
-        widths = (3, width, 2 * width, 4 * width)
-        self.layers = nn.Sequential(
-            *[nn.Sequential(spectral_norm(nn.Conv2d(a, b, 4, 2, 1)), nn.LeakyReLU(0.2))
-              for a, b in zip(widths, widths[1:])],
-            spectral_norm(nn.Conv2d(widths[-1], 1, 3, padding=1)))
+        layers = []
+        for before, after in ((3, width), (width, 2 * width), (2 * width, 4 * width)):
+            layers += [spectral_norm(nn.Conv2d(before, after, 4, 2, 1)), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(4 * width, 1, 3, padding=1)))
 
     def forward(self, image):
         return self.layers(image)
@@ -351,72 +411,85 @@ class Discriminator(nn.Module):
 
 class Discriminators(nn.ModuleList):
     """The four D_r, r = 1, 2, 4, 8: image (B,3,H,W) → their four score maps."""
+
     def __init__(self, width):
         super().__init__(Discriminator(width) for _ in range(4))
 
     def forward(self, image):
-        reduced = [image if level == 0 else F.avg_pool2d(image, 2**level) for level in range(4)]
-        return [net(x) for net, x in zip(self, reduced)]
+        return [net(F.avg_pool2d(image, r)) for net, r in zip(self, (1, 2, 4, 8))]
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 4. Losses
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 def pixel_loss(restored, target):
-    """Eq. (7), first term: ‖Î − I^h‖², as a mean over pixels (the paper names it the mean square error)."""
+    """Eq. (7), first term: ‖Î − I^h‖², as a mean over pixels (the paper names it the mean
+    square error)."""
     return F.mse_loss(restored.float(), target.float())
 
 
 def perceptual_loss(features, target_features, weights):
-    """Eq. (7), second term: Σ_m λ_p,m / (C_m H_m W_m) · ‖Ψ_m(Î) − Ψ_m(I^h)‖², a mean over the batch."""
-    return sum(w * F.mse_loss(a.float(), b.float()) for w, a, b in zip(weights, features, target_features))
+    """Eq. (7), second term: Σ_m λ_p,m / (C_m H_m W_m) · ‖Ψ_m(Î) − Ψ_m(I^h)‖², a mean over
+    the batch."""
+    return sum(weight * F.mse_loss(a.float(), b.float())
+               for weight, a, b in zip(weights, features, target_features))
 
 
 def discriminator_loss(real, fake):
-    """Eq. (8): −Σ_r E[min(0, D_r(I_↓r) − 1)] + E[min(0, −1 − D_r(Î_↓r))]. The paper's ℓ is what D maximises;
-    this is its negative, to be minimised. real, fake: lists of score maps."""
-    return sum(F.relu(1 - r.float()).mean() + F.relu(1 + f.float()).mean() for r, f in zip(real, fake))
+    """Eq. (8): −Σ_r E[min(0, D_r(I_↓r) − 1)] + E[min(0, −1 − D_r(Î_↓r))]. real, fake:
+    lists of score maps.
+
+    The paper's ℓ is what D maximises; this is its negative, to be minimised.
+    """
+    return sum(F.relu(1 - r.float()).mean() + F.relu(1 + f.float()).mean()
+               for r, f in zip(real, fake))
 
 
 def adversarial_loss(fake, weights):
-    """Eq. (9): −Σ_r λ_a,r E[D_r(Î_↓r)], with λ_a,r inside the sum, as its index asks for."""
+    """Eq. (9): −Σ_r λ_a,r E[D_r(Î_↓r)], with λ_a,r inside the sum, as its index asks
+    for."""
     return -sum(w * f.float().mean() for w, f in zip(weights, fake))
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 5. Data
-# -----------------------------------------------------------------------------------------------------------
-
-def load_faces(cfg, args):
-    """The faces of --data, or rendered ones."""
-    if args.data is None:
-        return common.RenderedFaces(cfg.size)
-    return common.FaceFolder(args.data, cfg.size, args.landmarks, args.aligned)
-
+# --------------------------------------------------------------------------------------
 
 class Batches(torch.utils.data.Dataset):
-    """Training batch number `step`: (degraded, target, boxes), a pure function of (seed, rank, step), so
-    that a resumed run sees what an unbroken one would have seen."""
+    """Training batch number `step`, from 0: (degraded, target, boxes).
 
-    def __init__(self, faces, indices, cfg, rank=0):
-        self.faces, self.indices, self.cfg, self.rank = faces, indices, cfg, rank
+    Every face has a random stream of its own, (seed, step, place in the whole batch): a
+    resumed run sees what an unbroken one would have seen, and two processes see what one
+    with twice their batch would. """
+
+    def __init__(self, faces, indices, cfg):
+        self.faces = faces
+        self.indices = indices
+        self.cfg = cfg
+        self.first = common.rank() * cfg.batch
 
     def __len__(self):
         return self.cfg.steps
 
+    def sample(self, step, place):
+        """One face: degraded, target (3,H,W), boxes (4,4)."""
+        generator = common.seeded(self.cfg.seed, 1, step, place)
+        chosen = torch.randint(len(self.indices), (), generator=generator).item()
+        target, landmarks = common.stack_faces(self.faces, [self.indices[chosen]])
+        degradation = common.DEGRADATIONS[self.cfg.degradation]
+        degraded = common.degrade(target, degradation, generator)
+        return degraded[0], target[0], common.component_boxes(landmarks, self.cfg.size)[0]
+
     def __getitem__(self, step):
-        generator = common.seeded(self.cfg.seed, 1, self.rank, step)
-        chosen = torch.randint(len(self.indices), (self.cfg.batch,), generator=generator).tolist()
-        target, landmarks = common.stack_faces(self.faces, [self.indices[i] for i in chosen])
-        degraded = common.degrade(target, common.DEGRADATIONS[self.cfg.degradation], generator)
-        return degraded, target, common.component_boxes(landmarks, self.cfg.size)
+        samples = [self.sample(step, self.first + k) for k in range(self.cfg.batch)]
+        return [torch.stack(part) for part in zip(*samples)]
 
 
-def kmeans(points, clusters, generator, rounds=15):
-    """Lloyd's K-means from k-means++ seeds, in chunks that bound memory. points (N,D) → centres (K,D)
-    float32, the cluster of each point (N,), its squared distance to the centre (N,). A cluster that runs
-    empty restarts at the worst-served point."""
+def kmeans(points, clusters, generator, rounds):
+    """Lloyd's K-means from k-means++ seeds. points (N,D) → centres (K,D) float32, the
+    cluster of each point (N,), its squared distance to the centre (N,). A cluster that
+    runs empty restarts at the worst-served point. Works in chunks, which bound memory."""
     if len(points) < clusters:
         raise InputError(f"{len(points)} faces cannot make {clusters} clusters; give more faces, or a "
                          "variant of fewer (k16)")
@@ -429,18 +502,20 @@ def kmeans(points, clusters, generator, rounds=15):
 
     seeds = [torch.randint(len(points), (), generator=generator).item()]
     nearest = distances(points[seeds].float())[:, 0]
-    while len(seeds) < clusters:                     # k-means++: the farther from all seeds, the likelier
+    while len(seeds) < clusters:          # k-means++: the farther from all seeds, the likelier
         seeds.append(torch.multinomial(nearest.cpu() + 1e-9, 1, generator=generator).item())
         nearest = nearest.minimum(distances(points[seeds[-1:]].float())[:, 0])
-    centres, before = points[seeds].float(), None
+    centres = points[seeds].float()
+    before = None
     for _ in range(rounds):
         nearest, cluster = distances(centres).min(1)
         if before is not None and torch.equal(cluster, before):
             break
-        before, count = cluster, torch.bincount(cluster, minlength=clusters)
+        before = cluster
+        count = torch.bincount(cluster, minlength=clusters)
         total = torch.zeros_like(centres)
-        for chunk, part in zip(chunks, cluster.split(len(chunks[0]))):
-            total.index_add_(0, part, chunk.float())
+        for chunk, members in zip(chunks, cluster.split(len(chunks[0]))):
+            total.index_add_(0, members, chunk.float())
         centres = total / count.clamp(min=1)[:, None]
         empty = torch.nonzero(count == 0)[:, 0]
         centres[empty] = points[nearest.topk(len(empty)).indices].float()
@@ -449,33 +524,54 @@ def kmeans(points, clusters, generator, rounds=15):
 
 
 @torch.inference_mode()
-def build_dictionary(cfg, encoder, faces, indices, device, quiet=False):
-    """Eq. (1): Dic_{s,c} = K-means of the components' features in sharp faces → ({"scale1": {part: (K,C,h,w)
-    float16}, …}, a picture of the faces nearest to some clusters). One pass a scale bounds memory."""
-    indices = common.spread(indices, cfg.dictionary_images)
-    dictionary, members, progress = {}, {}, common.Progress("dictionaries", 4 * len(indices), quiet=quiet)
-    for scale, sizes in enumerate(cfg.part_sizes, 1):
-        features = {name: [] for name in PARTS}
-        for start in range(0, len(indices), 16):
-            images, landmarks = common.stack_faces(faces, indices[start:start + 16])
-            boxes = common.component_boxes(landmarks, cfg.size).to(device)
-            with common.autocast(device):
-                maps = encoder.features(images.to(device, memory_format=torch.channels_last))
-            for name, part in zip(PARTS, crop_components(maps[scale - 1], boxes, 2**scale, sizes)):
-                features[name].append(part.flatten(1).half())
-            progress.update((scale - 1) * len(indices) + start)
+def component_features(cfg, encoder, faces, indices, scale, progress):
+    """Ψ's features of all components of sharp faces at one scale: {component: (N,C·h·w)
+    float16}."""
+    device = next(encoder.parameters()).device
+    features = {name: [] for name in COMPONENTS}
+    for start in range(0, len(indices), 16):
+        images, landmarks = common.stack_faces(faces, indices[start:start + 16])
+        boxes = common.component_boxes(landmarks, cfg.size).to(device)
+        with common.autocast(device):
+            maps = encoder.features(images.to(device, memory_format=torch.channels_last))
+        sizes = cfg.component_sizes[scale - 1]
+        parts = crop_components(maps[scale - 1], boxes, 2**scale, sizes)
+        for name, part in zip(COMPONENTS, parts):
+            features[name].append(part.flatten(1).half())
+        progress.update((scale - 1) * len(indices) + start)
+    return {name: torch.cat(parts) for name, parts in features.items()}
+
+
+def build_dictionary(cfg, encoder, faces, indices, quiet=False):
+    """Eq. (1): Dic_{s,c} = K-means of the components' features in sharp faces.
+
+    → {"scale1": {component: (K,C,h,w) float16}, …}, and of scale 4 {component: (the
+    cluster of each face, its distance)}. One pass over the faces a scale bounds memory.
+    """
+    dictionary = {}
+    progress = common.Progress("dictionaries", 4 * len(indices), quiet=quiet)
+    for scale in (1, 2, 3, 4):
+        features = component_features(cfg, encoder, faces, indices, scale, progress)
         dictionary[f"scale{scale}"] = {}
-        for number, name in enumerate(PARTS):
-            points, shape = torch.cat(features.pop(name)), (-1, encoder.widths[scale - 1],
-                                                            sizes[number], sizes[number])
-            centres, cluster, distance = kmeans(points, cfg.entries,
-                                                common.seeded(cfg.seed, 3, scale, number))
-            dictionary[f"scale{scale}"][name] = centres.view(shape).half().cpu()
-            members[name] = cluster, distance
-    megabytes = sum(part.numel() * 2 for scale in dictionary.values() for part in scale.values()) / 2**20
-    progress.close(f"{cfg.entries} entries a component and scale, {megabytes:.0f} MB")
-    columns, count = {}, min(6, *(len(cluster.unique()) for cluster, _ in members.values()))
-    for number, (name, (cluster, distance)) in enumerate(members.items()):   # scale 4 groups by meaning best
+        members = {}
+        for number, name in enumerate(COMPONENTS):
+            generator = common.seeded(cfg.seed, 3, scale, number)
+            centres, cluster, distance = kmeans(features.pop(name), cfg.entries, generator,
+                                                cfg.kmeans_rounds)
+            size = cfg.component_sizes[scale - 1][number]
+            centres = centres.unflatten(1, (-1, size, size))
+            dictionary[f"scale{scale}"][name] = centres.half().cpu()
+            members[name] = cluster.cpu(), distance.cpu()
+    progress.close(f"{cfg.entries} entries a component and scale")
+    return dictionary, members
+
+
+def draw_dictionary(cfg, faces, indices, members):
+    """A picture: of the six largest clusters of each component the five faces nearest to
+    the centre."""
+    columns = {}
+    count = min(6, *(len(cluster.unique()) for cluster, _ in members.values()))
+    for number, (name, (cluster, distance)) in enumerate(members.items()):
         rows = []
         for largest in torch.bincount(cluster).topk(count).indices:
             nearest = [i for i in distance.argsort().tolist() if cluster[i] == largest][:5]
@@ -483,444 +579,291 @@ def build_dictionary(cfg, encoder, faces, indices, device, quiet=False):
             boxes = common.component_boxes(landmarks, cfg.size)
             rows.append(torch.cat(list(crop_components(images, boxes, 1, [64] * 4)[number]), 2))
         columns[name.replace("_", " ")] = torch.stack(rows)
-    return dictionary, common.comparison_grid(columns)
+    return common.comparison_grid(columns)
 
 
-def prepare(cfg, args, faces, train_indices, device, rank=0):
-    """Encoder and dictionaries, frozen: from the run's dictionary.pt if it fits, else built and saved."""
-    path = Path(args.out) / "dictionary.pt"
-    key = json.dumps([faces.fingerprint, cfg.encoder, str(args.vggface), cfg.size, cfg.entries,
-                      cfg.dictionary_images, cfg.seed])
-    if rank == 0 and not (path.is_file() and common.load_weights(path).get("key") == key):
-        encoder = (common.load_vgg(args.vggface, not cfg.released) if cfg.encoder == "vgg"
-                   else common.recogniser(faces)).to(device)
-        arguments = encoder.arguments if cfg.encoder == "vgg" else {"widths": encoder.widths}
-        dictionary, picture = build_dictionary(cfg, encoder, faces, train_indices, device)
-        common.write_image(path.with_suffix(".png"), picture)
-        common.save_checkpoint(path, {"key": key, "arguments": arguments, "encoder": encoder.state_dict(),
-                                      "dictionary": dictionary})
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    return load_frozen(cfg, path, device)
+def prepare(cfg, args, faces, people):
+    """Encoder, dictionaries and their key, frozen: read from the dictionary.pt beside the
+    checkpoint; where none fits, made of the faces `people` or those of
+    --dictionary-data."""
+    if args.resume:
+        return load_frozen(args, args.state.get("dictionary_key"))
+    if args.dictionary_data is not None:
+        faces = common.FaceFolder(args.dictionary_data, cfg.size)
+        people = list(range(len(faces)))
+    indices = common.spread(people, cfg.dictionary_images)
+    key = json.dumps([faces.fingerprint, cfg.encoder, args.vggface, cfg.size, cfg.entries,
+                      cfg.dictionary_images, cfg.kmeans_rounds, cfg.seed])
+    path = args.checkpoint.with_name("dictionary.pt")
+    with common.first():
+        if not (path.is_file() and common.load_weights(path).get("key") == key):
+            encoder = common.load_encoder(cfg.encoder, args, faces)
+            dictionary, members = build_dictionary(cfg, encoder, faces, indices)
+            picture = draw_dictionary(cfg, faces, indices, members)
+            common.write_image(path.with_suffix(".png"), picture)
+            common.save_checkpoint(path, {"key": key, "encoder": common.pack(encoder),
+                                          "dictionary": dictionary})
+    return load_frozen(args, key)
 
 
-def load_frozen(cfg, path, device):
-    """dictionary.pt → encoder, dictionary."""
+def load_frozen(args, key):
+    """The dictionary.pt of a checkpoint → encoder, dictionaries, key."""
+    path = args.checkpoint.with_name("dictionary.pt")
     if not path.is_file():
-        raise InputError(f"{path}: missing; a checkpoint needs the dictionary.pt of its run beside it")
+        raise InputError(f"{path}: missing; a checkpoint needs the dictionary.pt of its run")
     frozen = common.load_weights(path)
-    encoder = (common.VGG(**frozen["arguments"]) if cfg.encoder == "vgg"
-               else common.Recogniser(**frozen["arguments"]).folded())
-    encoder.load_state_dict(frozen["encoder"])
-    return encoder.to(device, memory_format=torch.channels_last), frozen["dictionary"]
+    if frozen.get("key") != key:
+        raise InputError(f"{path}: not the dictionaries that {args.checkpoint} was trained "
+                         "with; put back the file of its run")
+    encoder = common.unpack(frozen["encoder"])
+    encoder.to(args.device, memory_format=torch.channels_last)
+    return encoder, frozen["dictionary"], key
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 6. Training
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 def train(cfg, args):
-    """Train on args.data, write the run into args.out; see Config for every number."""
-    begin, device, out = time.monotonic(), common.choose_device(args.device), Path(args.out)
-    with common.process_group() as (rank, world):
-        if rank == 0:
-            common.write_json(out / "config.json", asdict(cfg))
-        faces = load_faces(cfg, args)
-        train_indices, validation, test = common.split_identities(faces)
-        encoder, dictionary = prepare(cfg, args, faces, train_indices, device, rank)
-        torch.manual_seed(cfg.seed)
-        net = DFDNet(cfg, encoder).to(device, memory_format=torch.channels_last)
-        net.set_dictionary(dictionary)
-        discriminators = Discriminators(cfg.discriminator_width).to(
-            device, memory_format=torch.channels_last)
-        optimizer = torch.optim.Adam(net.parameters(), cfg.learning_rate, cfg.betas)
-        optimizer_d = torch.optim.Adam(discriminators.parameters(), cfg.learning_rate, cfg.betas)
-        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=cfg.patience)
-        parts = {"net": net, "discriminators": discriminators, "optimizer": optimizer,
-                 "optimizer_d": optimizer_d, "schedule": schedule}
-        start, rows = 0, []
-        if args.resume:
-            state = common.load_checkpoint(args.checkpoint, SCRIPT, device)
-            start, rows = state["step"], state["rows"]
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-        forward, forward_d = net, discriminators
-        if world > 1:
-            forward, forward_d = (nn.parallel.DistributedDataParallel(m, broadcast_buffers=False)
-                                  for m in (net, discriminators))
-        batches = torch.utils.data.DataLoader(Batches(faces, train_indices, cfg, rank), batch_size=None,
-                                              sampler=range(start, cfg.steps), num_workers=args.workers,
-                                              pin_memory=device.type == "cuda", persistent_workers=False)
-        progress = common.Progress(f"{SCRIPT} {cfg.variant}", cfg.steps, start, quiet=rank > 0)
-        for step, batch in enumerate(batches, start + 1):
-            degraded, target = (x.to(device, non_blocking=True, memory_format=torch.channels_last)
-                                for x in batch[:2])
-            boxes = batch[2].to(device, non_blocking=True)
-            with common.autocast(device):                                       # generator
-                restored = forward(degraded, boxes)
-                with torch.no_grad():
-                    target_features = encoder.features(target)
-                discriminators.requires_grad_(False)
-                losses = {"pixel": cfg.weight_pixel * pixel_loss(restored, target),
-                          "perceptual": perceptual_loss(encoder.features(restored), target_features,
-                                                        cfg.weight_perceptual),
-                          "adversarial": adversarial_loss(discriminators(restored), cfg.weight_adversarial)}
-            optimizer.zero_grad(set_to_none=True)
-            sum(losses.values()).backward()                                     # Eq. (10)
+    """Train on args.data, write the run into args.folder; see Config for every number."""
+    faces = common.load_faces(args, cfg.size)
+    people, validation, test = common.split_identities(faces)
+    validation = common.spread(validation, cfg.validated)
+    test = common.spread(test, cfg.tested)
+    encoder, dictionary, key = prepare(cfg, args, faces, people)                      # Eq. (1)
+
+    torch.manual_seed(cfg.seed)
+    net = DFDNet(cfg, encoder).to(args.device, memory_format=torch.channels_last)
+    net.set_dictionary(dictionary)
+    discriminators = Discriminators(cfg.discriminator_width)
+    discriminators.to(args.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(net.parameters(), betas=cfg.betas, fused=True)
+    optimizer_d = torch.optim.Adam(discriminators.parameters(), betas=cfg.betas, fused=True)
+    run = common.Run(SCRIPT, cfg, args, faces, net=net, discriminators=discriminators,
+                     optimizer=optimizer, optimizer_d=optimizer_d, dictionary_key=key)
+    forward, forward_d = common.parallel(net, discriminators)
+
+    for step, (degraded, target, boxes) in run.batches(Batches(faces, people, cfg)):
+        common.set_rate(cfg.rate(step) * run.factor, optimizer, optimizer_d)
+
+        # Generator
+        discriminators.requires_grad_(False)
+        with common.autocast(args.device, args.precision):
+            restored = forward(degraded, boxes)
+            features = encoder.features(restored)
+            target_features = encoder.features(target)
+            fake = discriminators(restored)
+            losses = {
+                "pixel": cfg.weight_pixel * pixel_loss(restored, target),
+                "perceptual": perceptual_loss(features, target_features, cfg.weight_perceptual),
+                "adversarial": adversarial_loss(fake, cfg.weight_adversarial)}
+        optimizer.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()                                              # Eq. (10)
+        if cfg.clip is not None:
             nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
-            group = optimizer.param_groups[0]
-            left = min((cfg.steps - step + 1) / max(cfg.cooldown * cfg.steps, 1), 1)
-            rate, group["lr"] = group["lr"], group["lr"] * left
-            optimizer.step()
-            group["lr"] = rate
-            discriminators.requires_grad_(True)
-            with common.autocast(device):                                       # discriminators
-                scores = forward_d(torch.cat([target, restored.detach()]))
-                losses["discriminator"] = discriminator_loss(*zip(*(score.chunk(2) for score in scores)))
-            optimizer_d.zero_grad(set_to_none=True)
-            losses["discriminator"].backward()
-            optimizer_d.step()
-            last = step == cfg.steps or step % cfg.validate_every == 0
-            if last or step % 10 == 0:                                # the only place that waits for the GPU
-                values = {name: loss.item() for name, loss in losses.items()}
-                if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-                    raise InputError(f"step {step}: the {', '.join(bad)} loss is not finite; the last good "
-                                     f"state is in {args.checkpoint}; try a lower learning rate")
-                rows.append({"step": step, **values})
-                progress.update(step, "  ".join(f"{name} {value:.3f}" for name, value in values.items()))
-            if last:
-                reconstruction, quality = validate(net, faces, common.spread(validation, 32), cfg, device)
-                if not math.isfinite(reconstruction):
-                    raise InputError(f"step {step}: the validation loss is not finite; the last good state "
-                                     f"is in {args.checkpoint}")
-                schedule.step(reconstruction)
-                optimizer_d.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
-                rows[-1] |= {"validation": reconstruction, "validation_psnr": quality,
-                             "rate": rate * left}
-                if rank == 0:
-                    progress.line(f"step {step}: validation reconstruction {reconstruction:.3f}, "
-                                  f"PSNR {quality:.2f} dB")
-                    common.save_checkpoint(args.checkpoint, {
-                        "script": SCRIPT, "config": asdict(cfg), "step": step, "rows": rows,
-                        **{name: part.state_dict() for name, part in parts.items()}})
-                    common.write_log(out, rows)
-        if rank == 0:
-            progress.close()
-            finish(net, faces, test, cfg, args, device, time.monotonic() - begin)
+        optimizer.step()
+
+        # Discriminators
+        discriminators.requires_grad_(True)
+        with common.autocast(args.device, args.precision):
+            real = forward_d(target)
+            fake = forward_d(restored.detach())
+            losses["discriminator"] = discriminator_loss(real, fake)
+        optimizer_d.zero_grad(set_to_none=True)
+        losses["discriminator"].backward()
+        optimizer_d.step()
+
+        run.log(step, losses)
+        if run.due(step):
+            run.save(step, validate(net, faces, validation, cfg))
+
+    table = evaluate(net, faces, test, cfg, args)
+    common.report(run, table, samples(net, faces, test, cfg))
 
 
 @torch.inference_mode()
-def validate(net, faces, indices, cfg, device):
-    """Reconstruction loss (Eq. 7) and PSNR in dB on held-out faces, always degraded alike."""
+def validate(net, faces, indices, cfg):
+    """Reconstruction loss, Eq. (7), and PSNR in dB on held-out faces, always degraded
+    alike."""
+    device = next(net.parameters()).device
     loss, quality = 0.0, 0.0
-    for degraded, restored, target in restored_batches(net, faces, indices, cfg, device, None):
+    for batch in restored_batches(net, faces, indices, cfg, None):
+        restored, target = batch["restored"].to(device), batch["target"].to(device)
         with common.autocast(device):
-            a, b = (net.encoder.features(x.to(device)) for x in (restored, target))
-        total = (cfg.weight_pixel * pixel_loss(restored, target)
-                 + perceptual_loss(a, b, cfg.weight_perceptual).cpu())
-        loss, quality = (loss + total.item() * len(target),
-                         quality + common.psnr(restored, target).sum().item())
-    return loss / len(indices), quality / len(indices)
+            perceptual = perceptual_loss(net.encoder.features(restored), net.encoder.features(target),
+                                         cfg.weight_perceptual)
+        loss += (cfg.weight_pixel * pixel_loss(restored, target) + perceptual).item() * len(target)
+        quality += common.psnr(restored, target).sum().item()
+    return {"validation": loss / len(indices), "validation_psnr": quality / len(indices)}
 
 
-def finish(net, faces, test, cfg, args, device, seconds):
-    """Measure on held-out people; write result.json, samples.png; print the table and where things are."""
-    out, net = Path(args.out), net.eval()
-    result = {"script": SCRIPT, "variant": cfg.variant, "preset": cfg.preset,
-              "data": str(args.data or "rendered"), "size": cfg.size,
-              "steps": cfg.steps, "seconds": round(seconds, 1),
-              "test": evaluate(net, faces, common.spread(test, 128), cfg, device, args.precision)}
-    common.write_json(out / "result.json", result)
-    degraded, restored, target = next(
-        restored_batches(net, faces, common.spread(test, 6), cfg, device, None, precision=args.precision))
-    common.write_image(out / "samples.png", common.comparison_grid(
-        {"degraded": degraded, "restored": restored, "target": target}))
-    common.print_table(result["test"])
-    written = [name for name in ("checkpoint.pt", "dictionary.pt", "dictionary.png", "config.json",
-                                 "log.csv", "curves.png", "samples.png", "result.json")
-               if (out / name).is_file()]
-    print(f"\n{out}: {', '.join(written)}")
+def samples(net, faces, indices, cfg):
+    """Pictures of six held-out faces, degraded ×4."""
+    batch = next(restored_batches(net, faces, common.spread(indices, 6), cfg, 4))
+    shown = {name: batch[name] for name in ("degraded", "restored", "target")}
+    return {"samples.png": common.comparison_grid(shown)}
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 7. Restoration
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
-@torch.inference_mode()
 def restore(net, degraded, landmarks, batch=8, precision="auto"):
-    """Restore faces: degraded (N,3,size,size) in [-1,1], landmarks (N,68,2) → (N,3,size,size) in [-1,1], on
-    the CPU. Out of GPU memory, the batch is halved, with a line that says so."""
-    device, results, start = next(net.parameters()).device, [], 0
+    """Restore faces: degraded (N,3,size,size) in [-1,1], landmarks (N,68,2) →
+    (N,3,size,size) in [-1,1], on the CPU."""
     boxes = common.component_boxes(landmarks, degraded.shape[-1])
-    training = net.training
-    net.eval()
-    while start < len(degraded):
-        part = slice(start, start + batch)
-        try:
-            with common.autocast(device, precision):
-                images = degraded[part].to(device, memory_format=torch.channels_last)
-                results.append(net(images, boxes[part].to(device)).float().clamp(-1, 1).cpu())
-            start += batch
-        except torch.cuda.OutOfMemoryError:
-            if batch == 1:
-                raise InputError("not enough GPU memory for one face; use --device cpu or a smaller "
-                                 "--size") from None
-            batch //= 2
-            print(f"out of GPU memory: going on with {batch} faces at a time", file=sys.stderr)
-    net.train(training)
-    return torch.cat(results)
+    with common.inference(net, precision) as device:
+
+        def some(part):
+            images = degraded[part].to(device, memory_format=torch.channels_last)
+            return net(images, boxes[part].to(device)).float().clamp(-1, 1).cpu()
+
+        return common.in_batches(some, len(degraded), batch)
 
 
-def restored_batches(net, faces, indices, cfg, device, scale, batch=16, precision="auto"):
-    """Held-out faces in batches (degraded, restored, target), degraded by (seed, scale, place) alone."""
+def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto"):
+    """Held-out faces in batches, {"degraded", "restored", "target"}, degraded by (seed,
+    scale, place) alone."""
     for start in range(0, len(indices), batch):
         target, landmarks = common.stack_faces(faces, indices[start:start + batch])
         generator = common.seeded(cfg.seed, 4, scale or 0, start)
-        degraded = common.degrade(target, common.DEGRADATIONS[cfg.degradation], generator, scale)
-        yield degraded, restore(net, degraded, landmarks, batch, precision), target
+        degradation = common.DEGRADATIONS[cfg.degradation]
+        degraded = common.degrade(target, degradation, generator, scale)
+        restored = restore(net, degraded, landmarks, batch, precision)
+        yield {"degraded": degraded, "restored": restored, "target": target}
 
 
-def evaluate(net, faces, indices, cfg, device, precision="auto"):
-    """The paper's ×4, ×8 on held-out faces → "test" of result.json: PSNR dB, SSIM, identity in degrees."""
-    judge = common.recogniser(faces, "metric")
-    table = {}
-    for scale in (4, 8):
-        columns = {"input": [], "restored": []}
-        for degraded, restored, target in restored_batches(net, faces, indices, cfg, device, scale,
-                                                           precision=precision):
-            for name, image in (("input", degraded), ("restored", restored)):
-                columns[name].append(torch.stack([common.psnr(image, target), common.ssim(image, target),
-                                                  common.identity_distance(judge, image, target)]))
-        values = {name: torch.cat(column, 1) for name, column in columns.items()}
-        table[f"x{scale}"] = {"faces": len(indices), **{
-            name: dict(zip(("psnr", "ssim", "identity"), value.mean(1).tolist()))
-            for name, value in values.items()},
-            "paired_psnr_gain": common.paired_gain(values["restored"][0], values["input"][0], cfg.seed)}
-    return table
+def evaluate(net, faces, indices, cfg, args):
+    """The paper's ×4 and ×8 and random scales on held-out faces → "test" of
+    result.json."""
+    metrics = common.metrics(faces, args)
+    return {task: common.measure(restored_batches(net, faces, indices, cfg, scale,
+                                                  precision=args.precision), metrics)
+            for task, scale in common.TASKS.items()}
+
+
+def match_coarsely(part, entries, cadain=True):
+    """match_features for entries in half precision: the eight best by coarse scores get
+    exact ones."""
+    query = matching_query(part, cadain)
+    entries = entries.flatten(1)
+    with torch.autocast(part.device.type, enabled=False):
+        coarse = query.to(entries.dtype) @ entries.T
+        best = coarse.topk(min(8, len(entries)), 1).indices                            # (B,8)
+        scores = (entries[best].float() @ query[:, :, None])[..., 0]
+    return best.gather(1, scores.argmax(1, keepdim=True))[:, 0]
 
 
 def entry_type(device, precision):
-    """How the dictionaries are kept to restore with: in float32 the authors' have 3 GB. The rounding of half
-    precision is small beside that of the features, which are computed in it."""
+    """How entries are kept to restore with: in float32 the authors' take 3 GB. Rounding
+    them to bfloat16 is small beside the rounding of the features, which are computed in
+    it."""
     with common.autocast(device, precision):
         return torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
 
 
 def for_restoration(net, device, precision="auto"):
-    """The network and its encoder made ready to restore with, once; they cannot be trained any more. What
-    they paint stays the same up to rounding: see common.for_inference; entries are cast as well. (Not those
-    of --variant no-cadain: they are not centred, and rank by differences too small.)"""
+    """The network and its encoder made ready to restore with, for good: see
+    common.for_inference. Entries are cast as well, but for --variant no-cadain: not
+    centred, they rank by differences too small."""
     common.for_inference(net.encoder, device, precision)
-    net = common.for_inference(net, device, precision)
+    common.for_inference(net, device, precision)
+    dtype = entry_type(device, precision)
     for block in net.blocks.values():
-        for name in PARTS if block.cadain else ():
-            setattr(block, name, getattr(block, name).to(entry_type(device, precision)))
+        if block.cadain and dtype != torch.float32:
+            block.match = match_coarsely
+            for name in COMPONENTS:
+                setattr(block, name, getattr(block, name).to(dtype))
     return net
 
 
-def fresh_network(cfg, device, precision):
-    """An untrained network for --benchmark, with entries of noise."""
-    torch.manual_seed(cfg.seed)
-    encoder = (common.VGG(last_relu=not cfg.released) if cfg.encoder == "vgg"
-               else common.Recogniser().folded())
-    net = DFDNet(replace(cfg, entries=1), encoder)
-    for block in net.blocks.values():
-        for name in PARTS:
-            noise = torch.randn(8, *block.entries(PARTS.index(name)).shape[1:])
-            block.set_entries(name, noise.repeat(-(-cfg.entries // 8), 1, 1, 1)[:cfg.entries],
-                              entry_type(device, precision))
-    return net
-
-
-def benchmark(net, cfg, args, device):
-    """Time restore() on --batch pictures of noise with the landmarks of an average face: what a picture
-    shows does not change the speed."""
-    count = args.batch or 1
-    degraded = torch.rand(count, 3, cfg.size, cfg.size, generator=common.seeded(args.seed or 0, 7)) * 2 - 1
-    landmarks = common.mean_landmarks(cfg.size).expand(count, -1, -1)
-    return common.benchmark(lambda: restore(net, degraded, landmarks, count, args.precision), count, device,
-                            args.precision)
-
-
-def load_network(args, device):
-    """The network of --checkpoint with its dictionaries, and its Config. Spectral norm is folded in."""
-    state = common.load_checkpoint(args.checkpoint, SCRIPT, device)
-    cfg = Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in state["config"].items()})
-    if args.preset and args.preset != cfg.preset:
-        raise InputError(f"{args.checkpoint}: a checkpoint of --preset {cfg.preset}, not {args.preset}")
-    encoder, dictionary = load_frozen(cfg, Path(args.checkpoint).with_name("dictionary.pt"), device)
-    net = DFDNet(cfg, encoder).to(device, memory_format=torch.channels_last)
-    net.load_state_dict(state["net"])
+def load_network(args):
+    """The network of the checkpoint with its dictionaries, and its Config."""
+    cfg = common.recorded_config(args, Config)
+    encoder, dictionary, _ = load_frozen(args, args.state.get("dictionary_key"))
+    net = DFDNet(cfg, encoder)
+    common.load_part(net, args.state, "net")
     net.set_dictionary(dictionary)
-    return common.fold(net.eval()), cfg
+    return net, cfg
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 8. Command line
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-
-    def refuse(message):
-        raise InputError(f"{message}; --help lists the options")
-
-    def positive(text):
-        if not text.isdecimal() or int(text) == 0:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-        return int(text)
-
-    def natural(text):
-        if not text.isdecimal():
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
-        return int(text)
-
-    parser.error = refuse
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--train", action="store_true", help="train, then measure on held-out identities")
-    action.add_argument("--evaluate", action="store_true",
-                        help="measure a trained network on held-out identities")
-    action.add_argument("--restore", metavar="PATH", help="restore a picture, or every picture of a folder")
-    action.add_argument("--benchmark", action="store_true", help="time restoration: images/s, peak memory, "
-                                                                 "share of a matrix product's speed")
-    parser.add_argument("--data", metavar="DIR",
-                        help="a folder of pictures or of one folder per identity (default: rendered faces)")
-    parser.add_argument("--preset", choices=PRESETS,
-                        help="tiny (default): minutes on a CPU; paper: the paper's sizes and schedule")
-    parser.add_argument("--variant", choices=VARIANTS, help="an ablation row of the paper's Tables 2 and 3")
-    parser.add_argument("--resume", action="store_true",
-                        help="go on exactly where the last checkpoint stopped")
-    parser.add_argument("--size", type=positive, help="pixels, a multiple of 16")
-    parser.add_argument("--steps", type=positive, help="training steps")
-    parser.add_argument("--batch", type=positive, help="faces a step and process")
-    parser.add_argument("--seed", type=natural, help="fixes data, initialisation and order (default 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-                        help="of restoration: auto is bfloat16 where the processor gains and the result "
-                             "stays the same to the eye")
-    parser.add_argument("--workers", type=natural, default=0,
-                        help="processes that read and degrade images (default 0)")
-    parser.add_argument("--out", metavar="DIR", help=f"the run's folder (default runs/{SCRIPT}), or where "
-                                                     "restored pictures go (restored)")
-    parser.add_argument("--checkpoint", metavar="FILE", help="default: the run's own")
-    parser.add_argument("--weights", metavar="FILE",
-                        help="for --restore: the authors' latest_net_G.pth, a file or its address "
-                             "(https://…)")
+    parser = common.arguments(__doc__, PRESETS, VARIANTS)
+    parser.add_argument("--dictionary-data", metavar="DIR",
+                        help="faces the dictionaries are made of (default: the training faces)")
     parser.add_argument("--official-dictionary", metavar="DIR",
                         help="for --weights: the authors' DictionaryCenter512, a folder of *.npy")
     parser.add_argument("--vgg", metavar="FILE",
                         help="for --weights without a VGG-19: torchvision's, which the authors began with")
-    parser.add_argument("--vggface", metavar="FILE", help="VGG-Face weights, the encoder of --preset paper")
-    parser.add_argument("--landmarks", metavar="DIR",
-                        help="a parallel folder of landmark files photo.jpg.txt")
-    parser.add_argument("--aligned", action="store_true",
-                        help="pictures are FFHQ-aligned crops; no landmarks needed")
-    parser.add_argument("--overwrite", action="store_true", help="restore pictures again that have a result")
-    parser.add_argument("--check", action="store_true",
-                        help="also write the input with its landmarks and component boxes")
-    args = parser.parse_args(argv)
-    run = Path("runs") / (SCRIPT if args.variant in (None, "full") else f"{SCRIPT}-{args.variant}")
-    if args.restore is None:
-        run = Path(args.out or run)
-    args.out = args.out or ("restored" if args.restore is not None else run)
-    if args.weights is not None:
-        for name in ("train", "evaluate", "checkpoint", "preset", "variant", "resume", "size", "vggface"):
-            if getattr(args, name):
-                raise InputError(f"--weights and --{name} do not go together: --weights is the authors' "
-                                 "network, to restore with")
-        if args.official_dictionary is None:
-            raise InputError("--weights wants --official-dictionary: the folder of the authors' 16 files "
-                             "*_center.npy")
-    elif args.official_dictionary is not None or args.vgg is not None:
+    args = common.parse(parser, argv, SCRIPT)
+    if args.weights and not args.official_dictionary:
+        raise InputError("--weights wants --official-dictionary: the folder of the authors' 16 files "
+                         "*_center.npy")
+    if not args.weights and (args.official_dictionary or args.vgg):
         raise InputError("--official-dictionary and --vgg belong to --weights, the authors' network; a "
                          "trained one has its dictionary.pt")
-    fresh = args.benchmark and args.checkpoint is None and args.weights is None
-    if args.train and args.precision != "auto":
-        raise InputError("--precision and --train do not go together: it is of restoration; training takes "
-                         "bfloat16 where the processor gains")
-    if args.benchmark and args.size and not fresh:
-        raise InputError("--size and --checkpoint do not go together in --benchmark: a trained network has "
-                         "its size")
-    args.checkpoint = args.checkpoint or run / "checkpoint.pt"
-    device = common.choose_device(args.device)
-
-    if args.train or fresh:
-        chosen = {name: getattr(args, name) for name in ("size", "steps", "batch", "seed")
-                  if getattr(args, name) is not None}
-        if args.train and args.resume:
-            _, cfg = load_network(args, torch.device("cpu"))
-            if (args.variant or cfg.variant) != cfg.variant:
-                raise InputError(f"{args.checkpoint}: a checkpoint of --variant {cfg.variant}, "
-                                 f"not {args.variant}")
-            if fixed := [name for name, value in chosen.items()
-                         if name != "steps" and value != getattr(cfg, name)]:
-                raise InputError(f"--resume goes on with the run as it began; --{fixed[0]} cannot change")
-            cfg = replace(cfg, steps=chosen.get("steps", cfg.steps))
-        else:
-            preset, variant = args.preset or "tiny", args.variant or "full"
-            if preset == "released" and variant != "full":
-                raise InputError("--variant: the paper's ablations are of its own network, not of "
-                                 "--preset released")
-            cfg = replace(PRESETS[preset], variant=variant, **VARIANTS[variant], **chosen)
-        if cfg.size % 16 or cfg.size < 64:
-            raise InputError(f"--size {cfg.size}: must be a multiple of 16, at least 64")
     if args.train:
+        cfg = common.chosen_config(args, PRESETS, VARIANTS)
+        common.check_size(cfg.size, 16)
         train(cfg, args)
         return 0
-    if fresh:
-        net = fresh_network(cfg, device, args.precision)
-    elif args.weights is not None:
-        net, cfg = load_official(args.weights, args.official_dictionary, args.vgg,
-                                 entry_type(device, args.precision)), RELEASED
+
+    if args.weights:
+        net = load_official(args.weights, args.official_dictionary, args.vgg,
+                            entry_type(args.device, args.precision))
+        cfg = net.cfg
     else:
-        net, cfg = load_network(args, device)
-    net = for_restoration(net, device, args.precision)
-    if args.benchmark:
-        benchmark(net, cfg, args, device)
-        return 0
+        net, cfg = load_network(args)
+    net = for_restoration(net, args.device, args.precision)
     if args.evaluate:
-        faces = load_faces(cfg, args)
-        test = common.split_identities(faces)[2]
-        finish(net, faces, test, cfg, args, device, 0.0)
+        faces = common.load_faces(args, cfg.size)
+        test = common.test_faces(faces, args, cfg.tested)
+        run = common.Run(SCRIPT, cfg, args, faces)
+        table = evaluate(net, faces, test, cfg, args)
+        common.report(run, table, samples(net, faces, test, cfg))
         return 0
-    failures = common.restore_files(
-        args.restore, args.out, cfg.size,
-        lambda crops, landmarks, file: restore(net, crops, landmarks, precision=args.precision),
-        aligned=args.aligned, landmarks=args.landmarks, overwrite=args.overwrite, check=args.check,
-        device=device)
-    return 1 if failures else 0
+
+    def restore_crops(crops, landmarks, file):
+        return restore(net, crops, landmarks, precision=args.precision)
+
+    return 1 if common.restore_files(args, cfg.size, restore_crops) else 0
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 9. Released network
-# -----------------------------------------------------------------------------------------------------------
-# What the authors' published weights were trained as differs from the paper: VGG-19 with its last map before
-# the ReLU, boxes cut at whole features instead of RoIAlign, the entry brought to the box's size by nearest
-# neighbour and the confidence computed there, later components over earlier ones, a blurred and twice
-# rectified decoder input, a sigmoid on β.
+# --------------------------------------------------------------------------------------
+# The published weights belong to another network than the paper's: VGG-19 with its last map
+# before the ReLU, boxes cut at whole features instead of RoIAlign, the entry brought to the
+# box's size by nearest neighbour and the confidence computed there, later components over
+# earlier ones, a blurred and twice rectified decoder input, a sigmoid on β.
 
 class ReleasedDFTBlock(DFTBlock):
-    """DFTBlock with whole-feature boxes: each has its own size, so only matching takes a whole batch."""
+    """DFTBlock with whole-feature boxes: each has its own size, so only matching takes a
+    whole batch."""
 
     def forward(self, features, boxes):
-        enriched, corners = features.clone(), (boxes.long() // self.stride).tolist()
+        enriched = features.clone()
+        corners = (boxes.long() // self.stride).tolist()
         for index, size in enumerate(self.sizes):
-            places = [(slice(sample, sample + 1), slice(None), slice(y1, y2), slice(x1, x2))
-                      for sample, (x1, y1, x2, y2) in enumerate(corner[index] for corner in corners)]
-            parts, entries = [features[place].float() for place in places], self.entries(index)
-            queries = torch.cat([F.interpolate(part.contiguous(), (size, size), mode="bilinear")
-                                 for part in parts])
-            matched = entries[match_features(queries, entries, self.cadain)]
-            matched = restyle(matched, queries) if self.cadain else matched
-            for place, part, entry in zip(places, parts, matched.split(1)):
-                entry = F.interpolate(entry, part.shape[2:])
-                changed = self.confidence[index](part, entry) if self.confidence else entry
-                enriched[place] = changed.to(enriched.dtype)
+            places = []
+            for sample, corner in enumerate(corners):
+                x1, y1, x2, y2 = corner[index]
+                places.append((slice(sample, sample + 1), slice(None), slice(y1, y2), slice(x1, x2)))
+            parts = [features[place].float().contiguous() for place in places]
+            queries = torch.cat([F.interpolate(part, (size, size), mode="bilinear") for part in parts])
+            for place, part, best in zip(places, parts, self.matched(index, queries).split(1)):
+                best = F.interpolate(best, part.shape[2:])
+                enriched[place] = self.confidence[index](part, best).to(enriched.dtype)
         return enriched
 
 
 class ReleasedSFTStage(SFTStage):
-    """SFTStage with a blur and a second LeakyReLU around its first convolution and a sigmoid on β."""
+    """SFTStage with a blur and a second LeakyReLU around its first convolution and a
+    sigmoid on β."""
 
     def __init__(self, before, after):
         super().__init__(before, after)
@@ -934,93 +877,96 @@ class ReleasedSFTStage(SFTStage):
         return F.leaky_relu(self.widen(F.interpolate(x, scale_factor=2, mode="bilinear")), 0.2, inplace=True)
 
 
-def released_name(name):
-    """A name in the official checkpoint → ("net" or "encoder", the name here), None if no output uses it."""
-    spectral = {"weight_orig": "parametrizations.weight.original",
-                "weight_u": "parametrizations.weight.0._u", "weight_v": "parametrizations.weight.0._v"}
-    path = name.split(".")
-    path[-1] = spectral.get(path[-1], path[-1])
-    component, _, width = path[0].partition("_")
-    if component in ("le", "re", "no", "mo"):
-        scale, index = ({"256": 1, "128": 2, "64": 3, "32": 4}[width],
-                        ("le", "re", "no", "mo").index(component))
-        return "net", ".".join([f"blocks.scale{scale}.confidence.{index}.score", *path[1:]])
-    if path[0] == "MSDilate":
-        branch = "fuse" if path[1] == "convi" else f"branches.{int(path[1][-1]) - 1}"
-        return "net", ".".join(["context", branch, *path[2:]])
-    if path[0] == "up4":
-        return "net", ".".join(["paint", *path[1:]]).replace("Model", "body")
-    if path[0].startswith("up"):
-        if name.endswith("conv1.0.weight_flip"):
-            return None
-        layer = {"conv1.0": "blur", "conv1.1": "reduce", "convup.1": "widen"}.get(".".join(path[1:3]))
-        if layer is None:
-            layer = {"ScaleModel1": "scale", "ShiftModel1": "shift"}[path[1]] + "." + path[2]
-        return "net", ".".join(["stages", path[0][2:], layer, *([] if layer == "blur" else path[3:])])
-    if path[:2] == ["VggExtract", "RGB_mean"] or path[:2] == ["VggExtract", "RGB_std"]:
-        return "encoder", {"RGB_mean": "mean", "RGB_std": "deviation"}[path[1]]
-    if path[:3] == ["VggExtract", "model", "features"]:
-        number = (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28, 30, 32, 34).index(int(path[3]))
-        block, layer = (number // 2, number % 2) if number < 4 else (2 + (number - 4) // 4, (number - 4) % 4)
-        return "encoder", f"blocks.{block}.{layer}.{path[4]}"
-    if path[0] in ("VggExtract", "to_rgb0", "to_rgb1", "to_rgb2", "to_rgb3") and path[1] in (
-            "features", "model", "0", "2"):
-        return None                                # aliases of the encoder, VGG's classifier, to_rgb
-    raise KeyError(name)
+class ReleasedDFDNet(DFDNet):
+    """The network of latest_net_G.pth."""
+    block = ReleasedDFTBlock
+    stage = ReleasedSFTStage
 
 
-def official_file(part, scale):
-    """The name of a file of the official dictionary."""
-    return f"{part}_{256 >> (scale - 1)}_center.npy"
+def official_names():
+    """(pattern, name here) of every tensor in latest_net_G.pth; None for what no output
+    uses."""
+    table = [
+        (r"MSDilate\.convi\.(.+)", r"net.context.fuse.\1"),
+        (r"up\d\.conv1\.0\.weight_flip", None),
+        (r"up(\d)\.conv1\.0\.weight", r"net.stages.\1.blur"),
+        (r"up(\d)\.conv1\.1\.(.+)", r"net.stages.\1.reduce.\2"),
+        (r"up(\d)\.convup\.1\.(.+)", r"net.stages.\1.widen.\2"),
+        (r"up(\d)\.ScaleModel1\.(.+)", r"net.stages.\1.scale.\2"),
+        (r"up(\d)\.ShiftModel1\.(.+)", r"net.stages.\1.shift.\2"),
+        (r"up4\.(\d)\.Model\.(.+)", r"net.paint.\1.body.\2"),
+        (r"up4\.(.+)", r"net.paint.\1"),
+        (r"VggExtract\.RGB_mean", "encoder.mean"),
+        (r"VggExtract\.RGB_std", "encoder.deviation"),
+        (r"(to_rgb\d|VggExtract\.model\.classifier)\..+", None),
+    ]
+    for branch in range(4):
+        table.append((rf"MSDilate\.conv{branch + 1}\.(.+)", rf"net.context.branches.{branch}.\1"))
+    for scale, side in enumerate((256, 128, 64, 32), 1):
+        for index, short in enumerate(("le", "re", "no", "mo")):
+            here = rf"net.blocks.scale{scale}.confidence.{index}.score.\1"
+            table.append((rf"{short}_{side}\.(.+)", here))
+    vgg = ((0, 2), (5, 7), (10, 12, 14, 16), (19, 21, 23, 25), (28, 30, 32, 34))
+    for block, numbers in enumerate(vgg):
+        for layer, number in enumerate(numbers):
+            there = rf"VggExtract\.model\.features\.{number}\.(.+)"
+            table.append((there, rf"encoder.blocks.{block}.{layer}.\1"))
+    return table
 
 
-def official_entries(source, part, scale, channels, side):
-    """Entries (K,channels,side,side) of a component and scale, of a file or array (K, channels·side²)."""
-    name = official_file(part, scale)
-    file, wanted = name if isinstance(source, dict) else Path(source) / name, channels * side**2
+def official_entries(source, name, channels, side):
+    """Entries (K,channels,side,side) of a file of the official dictionary, (K,
+    channels·side²)."""
+    file = name if isinstance(source, dict) else Path(source) / name
+    wanted = channels * side**2
     try:
         array = source[name] if isinstance(source, dict) else np.load(file, allow_pickle=False)
         array = torch.from_numpy(np.ascontiguousarray(array, np.float32))
     except (OSError, EOFError, ValueError, TypeError) as error:
-        raise InputError(f"{file}: not an array of numbers ({str(error).splitlines()[0]}); give the file "
-                         "that the authors released") from None
+        raise InputError(f"{file}: not an array of numbers ({str(error).splitlines()[0]}); "
+                         "give the file that the authors released") from None
     if array.ndim != 2 or array.shape[1] != wanted or not len(array):
-        raise InputError(f"{file}: {'×'.join(map(str, array.shape))} numbers, not K×{wanted}; give the file "
-                         "that the authors released")
+        raise InputError(f"{file}: {'×'.join(map(str, array.shape))} numbers, not K×{wanted}; "
+                         "give the file that the authors released")
     return array.view(-1, channels, side, side)
 
 
 def load_official(source, dictionary, vgg=None, entries=torch.float32):
-    """latest_net_G.pth as its authors released it, a file, its address or its state dict, with their
-    dictionary (a folder of *_center.npy, or {file name: array}) → the network, frozen: degraded
-    (B,3,512,512) in [-1,1], boxes (B,4,4) → restored (B,3,512,512). InputError for what does not fit.
+    """latest_net_G.pth as its authors released it → the network, frozen.
 
-    The file holds the authors' VGG-19. What of it is missing is taken from `vgg`, a file of torchvision's.
-    `entries` is the type that the dictionary is kept in, see entry_type.
-    """
-    names = [official_file(part, scale) for scale in RELEASED.dft_scales for part in PARTS]
-    there = dictionary if isinstance(dictionary, dict) else {x.name for x in Path(dictionary).glob("*.npy")}
+    source: a file, its address or its state dict; dictionary: the folder of *_center.npy
+    or {file name: array}. The network: degraded (B,3,512,512) in [-1,1], boxes (B,4,4) →
+    restored (B,3,512,512). The file holds the authors' VGG-19; what of it is missing is
+    taken from `vgg`, a file of torchvision's. `entries` is the type that the dictionary
+    is kept in, see entry_type. InputError for what does not fit. """
+    sides = {scale: 512 >> scale for scale in RELEASED.dft_scales}
+    names = [f"{name}_{side}_center.npy" for side in sides.values() for name in COMPONENTS]
+    there = dictionary
+    if not isinstance(dictionary, dict):
+        there = {file.name for file in Path(dictionary).glob("*.npy")}
     if missing := [name for name in names if name not in there]:
         folder = "the dictionary" if isinstance(dictionary, dict) else dictionary
-        raise InputError(f"{folder}: {len(missing)} of the 16 files *_center.npy are missing, the first "
-                         f"{missing[0]}; give the folder that the authors released")
+        raise InputError(f"{folder}: {len(missing)} of the 16 files *_center.npy are missing, "
+                         f"the first {missing[0]}; give the folder that the authors released")
+
     state = {}
     if vgg is not None:
-        state = {f"VggExtract.model.{name}": value for name, value in common.read_published(vgg).items()}
-        state |= {"VggExtract.RGB_mean": torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1),
-                  "VggExtract.RGB_std": torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)}
-    for name, value in common.read_published(source).items():      # features.0.2 is model.features.2 again
+        for name, value in common.read_published(vgg).items():
+            state[f"VggExtract.model.{name}"] = value
+        state["VggExtract.RGB_mean"] = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+        state["VggExtract.RGB_std"] = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    for name, value in common.read_published(source).items():  # features.0.2 is model.features.2 again
         state[re.sub(r"^VggExtract\.features\.\d\.", "VggExtract.model.features.", name)] = value
     encoder = common.VGG(last_relu=False)
-    net = DFDNet(replace(RELEASED, entries=1), encoder)
-    common.load_named(nn.ModuleDict({"net": net, "encoder": encoder}), state,
-                      lambda name: ".".join(released_name(name) or ()) or None, "DFDNet's weights",
-                      "the state dict" if isinstance(source, dict) else source)
+    net = ReleasedDFDNet(replace(RELEASED, entries=1), encoder)
+    common.load_named(nn.ModuleDict({"net": net, "encoder": encoder}), state, official_names(),
+                      "DFDNet's weights", "the state dict" if isinstance(source, dict) else source)
     del state                      # before the dictionary comes, which is larger: one file at a time
-    for scale, part in ((scale, part) for scale in RELEASED.dft_scales for part in PARTS):
-        side = RELEASED.part_sizes[scale - 1][PARTS.index(part)]
-        net.blocks[f"scale{scale}"].set_entries(
-            part, official_entries(dictionary, part, scale, encoder.widths[scale - 1], side), entries)
+    for scale, side in sides.items():
+        for name, size in zip(COMPONENTS, RELEASED.component_sizes[scale - 1]):
+            part = official_entries(dictionary, f"{name}_{side}_center.npy",
+                                    encoder.widths[scale - 1], size)
+            net.blocks[f"scale{scale}"].set_entries(name, part, entries)
     net.cfg = replace(RELEASED, entries=len(net.blocks["scale1"].nose))
     return net
 

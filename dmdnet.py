@@ -1,45 +1,43 @@
 """DMDNet: blind face restoration with two memories, one of faces, one of this person.
 
-Li, Zhang, Zhou, Zhang, Zuo: "Learning Dual Memory Dictionaries for Blind Face Restoration", TPAMI 2022.
+Li, Zhang, Zhou, Zhang, Zuo: "Learning Dual Memory Dictionaries for Blind Face
+Restoration", TPAMI 2022.
 
-A dictionary of keys and values for each of eyes, nose and mouth, at three scales: the keys are made to be
-found by a degraded component, the values to restore it. The generic one is learned from many people. The
-specific one is what a second extractor sees in sharp pictures of the same person, from none to 21. Both are
-read by attention, mixed by an identity score, and added where a confidence score finds the input lacking.
+For each of eyes, nose and mouth, at three scales, a dictionary holds keys, which a
+damaged component can find, and values, which restore it. The generic one is learned from
+many people. The specific one is what a second extractor sees in sharp pictures of the
+same person, from none to 21. Both are read by attention and mixed by an identity score. A
+confidence score decides how much of the reading is added.
 
 Equation → name
     (1) DMDNet                (8) IdentityScore         (14) style_loss
     (2) renew_items           (9) ConfidenceScore       (15) discriminator_loss
     (3) forward_update       (10) SFTStage              (16) adversarial_loss
-    (4) the step in train    (11) pixel_loss            (17) the sum in train
-    (5) DMDNet               (12) perceptual_loss       (18) the sum in train
-    (6) MemoryExtractor      (13) the sum in train      (19) common.degrade, "dmdnet"
+    (4) the step in train    (11) pixel_loss            (17) photo_realistic_losses
+    (5) DMDNet               (12) perceptual_loss       (18) their sum in train
+    (6) MemoryExtractor      (13) reconstruction_losses (19) common.degrade, "dmdnet"
     (7) read_dictionary
 
-    python dmdnet.py --train                                     # rendered faces, minutes on two CPU cores
-    python dmdnet.py --evaluate                                  # on people it has never seen
-    python dmdnet.py --restore photo.jpg --reference album/      # your picture; --reference is optional
+    python dmdnet.py --train                    # rendered faces, minutes on two CPU cores
+    python dmdnet.py --evaluate                 # on people it has never seen
+    python dmdnet.py --restore photo.jpg --reference album/      # --reference is optional
+    python dmdnet.py --restore photo.jpg --reference album/ --save-dictionary person.pt
+    python dmdnet.py --restore photo.jpg --dictionary person.pt  # made once, used again
 
-    python dmdnet.py --save-dictionary person.pt --reference album/    # a person's dictionary, made once
-    python dmdnet.py --restore photo.jpg --dictionary person.pt
-
-Open in the paper, chosen here: the layers (those of the released network where they fit). Extracting all Y
-generic pictures at every step would cost many times the rest of it: in the first stage a few, in turn, are
-extracted anew with gradient, the others keep their last keys and values. In the second stage the faces of
-the step before are written, so that no face reads itself, each into the item with the nearest key. Stages
-end after a share of the steps, and references come in after the first, when Θ_spe starts as a copy of Θ_gen.
-What is pasted back is the change of a component, as the mean where boxes overlap.
-TINY differs from the paper in size, and in what Config says beside it.
+Open in the paper, chosen here: the layers (those of the released network where they fit).
+To extract all Y generic pictures at every step would cost many times the rest of it. The
+first stage extracts a few in turn, with gradient; the others keep their last keys and
+values. The second stage writes a few other sharp faces a step, each into the item with
+the nearest key. What these stages write they do not restore: no face reads itself. Stages
+end after a share of the steps. References come in after the first, when Θ_spe starts as a
+copy of Θ_gen. The change of a component is pasted back, the mean where boxes overlap. TINY
+differs from the paper in size, and in what Config says beside it.
 """
-import argparse
-import hashlib
+import itertools
 import math
-import sys
-import time
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+import uuid
+from dataclasses import dataclass, replace
 
-import matplotlib.figure
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -50,13 +48,13 @@ import common
 from common import InputError
 
 SCRIPT = "dmdnet"
-PARTS = tuple(common.COMPONENTS)           # left eye, right eye, nose, mouth
-STAGES = ("initialisation", "forward update", "backward update", "fine-tuning")        # Section 3.1
+COMPONENTS = tuple(common.COMPONENTS)      # left eye, right eye, nose, mouth
+STAGES = ("initialisation", "forward update", "backward update", "fine-tuning")
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 2. Config
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
@@ -66,111 +64,175 @@ class Config:
     size: int = 128                          # pixels, height = width
     seed: int = 0
 
-    encoder: str = "recogniser"              # Φ of Eq. (12) and (14); "vgg" is VGG-19, or VGG-Face
+    # Dictionaries
     items: int = 128                         # Y, of the generic dictionary
     references: int = 5                      # N, at most; 21 in the paper
-    drawn: int = 3                           # N in training, at most: for speed; as many in the paper
-    parts: tuple = PARTS                     # p, the components that have dictionaries
-    part_sizes: tuple = (16, 16, 12, 20)     # sides of all four at scale 1, half at the next
-    scales: tuple = (1, 2, 3)                # whose features dictionaries enrich; 1 is the finest
-    transform: bool = True                   # Eq. (7); else the one best value of both dictionaries
+    drawn: int = 3                           # N in training, at most; N in the paper
+    components: tuple = COMPONENTS           # p, those that have dictionaries
+    sides: tuple = (16, 16, 12, 20)          # of COMPONENTS, see component_sizes
+    scales: tuple = (1, 2, 3)                # with dictionaries; 1 is the finest
+    transform: bool = True                   # Eq. (7); else the best value of both
     temperature: float = 64.0                # d of Eq. (7)
-    stages: tuple = (0.12, 0.15, 0.15)       # shares of the steps of the first three of STAGES
-    renewed: int = 4                         # generic pictures extracted a step of the first stage
-    width: int = 16                          # channels at scale 1; 2 and 4 times as many at the next
-    depth: int = 1                           # pairs and residual blocks a scale of the extractors
-    paint_blocks: int = 0                    # residual blocks at full size
-    spectral: bool = False                   # spectral norm on every convolution: slow to train
-    bounded: bool = True                     # scores by a sigmoid; if not, spectral norm keeps them small
-    residual: bool = True                    # added to I^d: a short training need not learn to copy
-    released: bool = False                   # the network of the published weights, see the last chapter
+    stages: tuple = (0.12, 0.15, 0.15)       # shares of `steps` of the first three STAGES
+    stage_ends: tuple = ()                   # their last steps, fixed when a run begins
+    renewed: int = 4                         # faces written a step, Eq. (2), (3)
 
-    weight_pixel: float = 300.0              # λ_mse
-    weight_perceptual: float = 2.0           # λ_perc; 1 in the paper, with another encoder
-    weight_style: float = 1e-6               # λ_style; 0.1 in the paper
-    weight_adversarial: tuple = (0.04, 0.01, 0.005)      # λ_a,r for r = 1, 2, 4; the paper's / 100
+    # Network
+    width: int = 16                          # channels at scale 1, see widths
+    depth: int = 1                           # pairs and residual blocks a scale
+    paint_blocks: int = 0                    # residual blocks at full size
+    spectral: bool = False                   # spectral norm everywhere: slow to train
+    bounded: bool = True                     # scores of Eq. (8), (9) by a sigmoid
+    residual: bool = True                    # added to I^d: no need to learn to copy
     discriminator_width: int = 16
+
+    # Losses
+    encoder: str = "recogniser"              # Φ of Eq. (12), (14); "vgg": VGG
+    weight_pixel: float = 300.0              # λ_mse
+    weight_perceptual: float = 2.0           # λ_perc; 1 in the paper: another Φ
+    weight_style: float = 1e-6               # λ_style; 0.1 in the paper
+    weight_adversarial: tuple = (0.04, 0.01, 0.005)    # λ_a,r, r = 1, 2, 4; paper's / 100
+
+    # Training
     learning_rate: float = 1e-3              # 5 times the paper's: the network is small
-    dictionary_rate: float = 1e-3            # η of Eq. (4); 2e-6 in the paper, for many more steps
+    dictionary_rate: float = 1e-3            # η of Eq. (4); 2e-6 in the paper
     betas: tuple = (0.5, 0.999)              # β1, β2 of Adam
-    clip: float = 1.0                        # longest gradient; the paper clips none
-    cooldown: float = 0.3                    # last part of the steps: the rate falls to 0; none in the paper
-    patience: int = 1                        # validations without a better loss before the rate is halved
-    crop: float = 0.05                       # largest random change of scale and place, parts of the size
-    jitter: float = 0.1                      # of brightness and contrast
+    clip: float | None = 1.0                 # longest gradient; the paper clips none
+    cooldown: float = 0.3                    # last part of the steps: the rate falls to 0
+    patience: int | None = None              # validations without a better loss, then the
+    plateau: float = 0.5                     # rate falls to so much of itself
+    crop: float = 0.05                       # largest change of place and scale
+    jitter: float = 0.1                      # and of brightness and contrast
     steps: int = 420
     batch: int = 4                           # faces a process and step
     validate_every: int = 50                 # steps; also when a checkpoint is written
+    validated: int = 32                      # faces
+    tested: int | None = 128                 # held-out faces measured in the end, at most
     degradation: str = "dmdnet"              # Eq. (19)
+
+    @property
+    def widths(self):
+        """C of scales 1, 2, 3; twice as many without dictionaries: Table 3."""
+        times = 1 if self.scales else 2
+        return [times * self.width * 2**level for level in range(3)]
+
+    @property
+    def component_sizes(self):
+        """(3 scales) × (components): side of the resampled features, half at the next."""
+        sides = dict(zip(COMPONENTS, self.sides))
+        sizes = []
+        for level in range(3):
+            sizes.append([max(sides[name] // 2**level, 1) for name in self.components])
+        return sizes
+
+    def rate(self, step):
+        """The learning rate of a step from 1 on: constant, then falling to 0."""
+        left = (self.steps - step + 1) / max(self.cooldown * self.steps, 1)
+        return self.learning_rate * min(left, 1)
 
 
 TINY = Config()
-PAPER = replace(TINY, preset="paper", size=512, encoder="vgg", references=21, drawn=21,
-                part_sizes=(40, 40, 25, 55), renewed=8, width=64, depth=2, paint_blocks=2, spectral=True,
-                bounded=False, residual=False, weight_perceptual=1.0, weight_style=0.1,
-                weight_adversarial=(4.0, 1.0, 0.5), discriminator_width=64, learning_rate=2e-4,
-                dictionary_rate=2e-6, clip=math.inf, cooldown=0, patience=0, crop=0, steps=400_000, batch=2,
-                validate_every=5_000)
-# The paper gives a batch of 8 on 4 GPUs, not steps.
-RELEASED = replace(PAPER, preset="released", released=True, parts=("left_eye", "right_eye", "mouth"))
-PRESETS = {"tiny": TINY, "paper": PAPER, "released": RELEASED}
-VARIANTS = {                                 # Table 3; a stage of no steps leaves them to the last one
-    "full": {}, "items-0": {"items": 0, "references": 0},
-    **{f"items-{y}": {"items": y} for y in (32, 64, 256)},
-    "only-backward": {"stages": (0, 0, 0.42)}, "no-forward": {"stages": (0.12, 0, 0.15)},
-    "no-backward": {"stages": (0.12, 0.15, 0)}, "no-transform": {"transform": False},
-    "1-transform": {"scales": (3,)}, "2-transform": {"scales": (2, 3)},
-    "only-specific": {"items": 0}, "only-generic": {"references": 0}}
+PAPER = replace(
+    TINY, preset="paper", size=512, encoder="vgg", references=21, drawn=21,
+    sides=(40, 40, 25, 55), renewed=8, width=64, depth=2, paint_blocks=2,
+    spectral=True, bounded=False, residual=False, weight_perceptual=1.0, weight_style=0.1,
+    weight_adversarial=(4.0, 1.0, 0.5), discriminator_width=64, learning_rate=2e-4,
+    dictionary_rate=2e-6, clip=None, cooldown=0, patience=3, crop=0, steps=400_000,
+    batch=2, validate_every=5_000, validated=200, tested=None)
+# The paper gives a batch of 8 on 4 GPUs, and no number of steps.
+PRESETS = {"tiny": TINY, "paper": PAPER}
+RELEASED = replace(PAPER, preset="released",
+                   components=("left_eye", "right_eye", "mouth"))
+
+VARIANTS = {                                 # the rows of Table 3
+    "full": {},
+    "items-0": {"items": 0, "references": 0, "scales": ()},
+    "items-32": {"items": 32},
+    "items-64": {"items": 64},
+    "items-256": {"items": 256},
+    "only-backward": {"stages": (0, 0, 0.42)},         # the items stay noise until then
+    "no-forward": {"stages": (0.12, 0, 0.15)},
+    "no-backward": {"stages": (0.12, 0.15, 0)},
+    "no-transform": {"transform": False},
+    "1-transform": {"scales": (3,)},
+    "2-transform": {"scales": (2, 3)},
+    "only-specific": {"items": 0},
+    "only-generic": {"references": 0},
+}
+COLUMNS = ("x4_psnr", "x4_ssim", "x4_lpips", "x4_fid",
+           "x8_psnr", "x8_ssim", "x8_lpips", "x8_fid")
+PAPER_FIGURES = {variant: dict(zip(COLUMNS, row)) for variant, row in {      # Table 3
+    "full": (28.97, 0.902, 0.166, 10.30, 27.37, 0.875, 0.194, 14.43),
+    "items-0": (26.31, 0.832, 0.231, 21.26, 24.69, 0.797, 0.292, 32.44),
+    "items-32": (28.63, 0.893, 0.180, 11.01, 26.65, 0.856, 0.206, 14.97),
+    "items-64": (28.90, 0.900, 0.171, 10.92, 27.01, 0.869, 0.199, 14.63),
+    "items-256": (28.98, 0.902, 0.165, 10.31, 27.39, 0.876, 0.193, 14.41),
+    "only-backward": (27.67, 0.880, 0.201, 18.64, 26.25, 0.851, 0.240, 19.29),
+    "no-forward": (28.60, 0.897, 0.173, 14.51, 27.02, 0.869, 0.201, 15.37),
+    "no-backward": (28.36, 0.896, 0.174, 14.55, 26.63, 0.862, 0.205, 15.46),
+    "no-transform": (28.24, 0.884, 0.176, 13.56, 26.81, 0.863, 0.237, 15.58),
+    "1-transform": (28.83, 0.897, 0.173, 12.11, 27.09, 0.870, 0.213, 14.88),
+    "2-transform": (28.90, 0.901, 0.171, 10.77, 27.12, 0.871, 0.200, 14.50),
+    "only-specific": (28.43, 0.887, 0.180, 13.67, 26.83, 0.860, 0.234, 15.53),
+    "only-generic": (28.91, 0.901, 0.169, 10.31, 27.03, 0.870, 0.201, 14.56),
+}.items()}
+
+
+def stage_ends(cfg):
+    """Last steps of the first three stages. Without items there is only the fourth.
+
+    A run keeps those that it began with: more --steps only prolong the last stage.
+    """
+    if cfg.stage_ends:
+        return cfg.stage_ends
+    shares = cfg.stages if cfg.items else (0, 0, 0)
+    totals = (shares[0], shares[0] + shares[1], sum(shares))
+    return tuple(math.ceil(total * cfg.steps - 1e-6) for total in totals)
 
 
 def stage_of(step, cfg):
-    """The stage, 0 to 3, to which a step from 1 on belongs. Without items there is only the last."""
-    ends, total = [], 0.0
-    for share in cfg.stages if cfg.items else (0, 0, 0):
-        total += share
-        ends.append(math.ceil(total * cfg.steps - 1e-6))          # the first has a step, if a share at all
-    return sum(step > end for end in ends)
+    """The stage, 0 to 3, to which a step from 1 on belongs."""
+    return sum(step > end for end in stage_ends(cfg))
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 3. Network
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
-# A dictionary is {"scale1_left_eye": (keys (M,C/4,n,n), values (M,C,n,n)), …}: M = Y items in a generic one,
-# an item a reference in a specific one. The references of a whole batch are items of one dictionary, and
-# `owner` (M,) says to which face of the batch each belongs: faces with none, two or twenty need no padding.
+# A dictionary is {"scale1_left_eye": (keys (M,C/4,n,n), values (M,C,n,n)), …}: M = Y items
+# in the generic one, an item a reference in the specific one. The references of a whole
+# batch are items of one dictionary; `owner` (M,) says to which face each belongs.
 
 def crop_components(features, boxes, stride, sizes):
-    """RoIAlign: features (B,C,h,w) of `stride` pixels each, boxes (B,parts,4) → parts (B,C,size,size)."""
+    """RoIAlign: features (B,C,h,w), boxes (B,parts,4) in pixels → parts, (B,C,n,n) each.
+
+    stride: pixels a feature; sizes: n of each part.
+    """
     sample = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None]
-    features = features.float().contiguous()    # for RoIAlign: converted once, not once a component
-    return [roi_align(features, torch.cat([sample, box], 1), size, 1 / stride, sampling_ratio=2,
-                      aligned=True) for box, size in zip(boxes.unbind(1), sizes)]
+    features = features.float().contiguous()       # converted once, not once a component
+    return [roi_align(features, torch.cat([sample, box], 1), size, 1 / stride,
+                      sampling_ratio=2, aligned=True)
+            for box, size in zip(boxes.unbind(1), sizes)]
 
 
 def paste_components(parts, boxes, stride, shape):
-    """Reverse RoIAlign: parts (B,C,size,size) resampled into their boxes, else 0; shape (h,w) → (B,C,h,w).
+    """Reverse RoIAlign: parts (B,C,n,n) are resampled into their boxes (B,parts,4).
 
-    Bilinear resampling is separable, so a part becomes Y · part · Xᵀ with two small matrices, zero outside
-    the box. Where boxes overlap, the mean is taken.
+    Bilinear; 0 outside the boxes, the mean where they overlap; shape (h,w) → (B,C,h,w).
     """
-    sides = [part.shape[-1] for part in parts]
-    sizes = torch.tensor(sides, device=boxes.device)[:, None]                                   # (parts,1)
-    columns = torch.arange(max(sides), device=boxes.device)
-    weights, inside = [], []
-    for axis, length in ((1, shape[0]), (0, shape[1])):                                      # y, then x
-        low, high = (boxes[:, :, edge, None] / stride for edge in (axis, axis + 2))
-        centre = torch.arange(length, device=boxes.device) + 0.5
-        inside.append(((centre > low) & (centre < high)).float())
-        # Which of a part's positions, 0 to size - 1, each of the map's takes: (B,parts,length).
-        position = ((centre - low) / (high - low) * sizes - 0.5).clamp(min=0).minimum(sizes - 1)
-        hat = (1 - (position[..., None] - columns).abs()).clamp(min=0)
-        weights.append(hat * inside[-1][..., None])                           # (B,parts,length,largest side)
-    total = 0
-    for index, (part, side) in enumerate(zip(parts, sides)):                     # a loop, as sizes differ
-        y, x = (weight[:, index, None, :, :side] for weight in weights)
-        total = total + y @ part.float() @ x.transpose(2, 3)
-    cover = (inside[0][:, :, :, None] * inside[1][:, :, None]).sum(1, keepdim=True)
+    x = torch.arange(shape[1], device=boxes.device) + 0.5      # centres of the features
+    y = torch.arange(shape[0], device=boxes.device) + 0.5
+    total, cover = 0, 0
+    for part, box in zip(parts, boxes.unbind(1)):              # a loop: sizes n differ
+        x1, y1, x2, y2 = (box / stride)[:, :, None].unbind(1)
+        u = 2 * (x - x1) / (x2 - x1) - 1                       # (B,w), -1 to 1 inside
+        v = 2 * (y - y1) / (y2 - y1) - 1                       # (B,h)
+        grid = torch.stack(torch.broadcast_tensors(u[:, None], v[:, :, None]), 3)
+        inside = (grid.abs() < 1).all(3)[:, None]              # (B,1,h,w)
+        pasted = F.grid_sample(part.float(), grid, padding_mode="border",
+                               align_corners=False)
+        total = total + pasted * inside
+        cover = cover + inside
     return total / cover.clamp(min=1)
 
 
@@ -182,22 +244,34 @@ def convolution(before, after, stride=1, dilation=1):
     return layer
 
 
-def pair(before, middle, after=None, stride=1, dilations=(1, 1)):
+def pair(before, after, stride=1, dilations=(1, 1)):
     """Two convolutions, a LeakyReLU between: what all of the network is made of."""
-    return nn.Sequential(convolution(before, middle, stride, dilations[0]), nn.LeakyReLU(0.2),
-                         convolution(middle, after or middle, 1, dilations[1]))
+    return nn.Sequential(convolution(before, after, stride, dilations[0]),
+                         nn.LeakyReLU(0.2),
+                         convolution(after, after, 1, dilations[1]))
 
 
 def begin_at(layers, value):
-    """A pair of convolutions whose output begins close to a constant."""
+    """A pair of convolutions whose output begins around a constant.
+
+    Small weights keep it close. Spectral norm makes them large again: under it only the
+    mean is the constant.
+    """
     with torch.no_grad():
         layers[-1].weight *= 0.1
         layers[-1].bias += value
     return layers
 
 
+def normalise(net):
+    """Spectral norm on every convolution."""
+    for module in list(net.modules()):
+        if isinstance(module, nn.Conv2d):
+            spectral_norm(module)
+
+
 class Residual(nn.Module):
-    """x + a pair of convolutions. It begins close to x."""
+    """x + a pair of convolutions. Without spectral norm it begins close to x."""
 
     def __init__(self, channels, dilations=(1, 1)):
         super().__init__()
@@ -207,24 +281,19 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
-def normalise(net, cfg):
-    """Spectral norm on every convolution, with cfg.spectral."""
-    for layer in [module for module in net.modules() if isinstance(module, nn.Conv2d) and cfg.spectral]:
-        spectral_norm(layer)
-
-
 class Extractor(nn.Module):
-    """Features at scales 1, 2, 3: (B,3,H,W) → (B,C,H/2,W/2), (B,2C,H/4,W/4), (B,4C,H/8,W/8)."""
+    """(B,3,H,W) → features at scales 1, 2, 3: (B,C,H/2,W/2), …, (B,4C,H/8,W/8)."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.levels, before = nn.ModuleList(), 3
-        for level, dilations in enumerate(((5, 3), (3, 1), (1, 1))):
-            after, layers = cfg.width * 2**level, []
-            for number in range(cfg.depth):
-                layers += [pair(before, after, stride=1 if number else 2), Residual(after, dilations)]
-                before = after
-            self.levels.append(nn.Sequential(*layers))
+        self.levels = nn.ModuleList()
+        before = 3
+        for after, dilations in zip(cfg.widths, ((5, 3), (3, 1), (1, 1))):
+            level = [pair(before, after, stride=2), Residual(after, dilations)]
+            for _ in range(cfg.depth - 1):
+                level += [pair(after, after), Residual(after, dilations)]
+            self.levels.append(nn.Sequential(*level))
+            before = after
 
     def forward(self, x):
         maps = []
@@ -234,125 +303,166 @@ class Extractor(nn.Module):
         return maps
 
 
-def part_sizes(cfg, scale):
-    """Sides of the resampled components at a scale, of those that have dictionaries: half as many features
-    a scale, at least 1."""
-    return [max(cfg.part_sizes[PARTS.index(part)] >> scale - 1, 1) for part in cfg.parts]
-
-
 def part_boxes(cfg, boxes):
     """Of the four boxes (B,4,4) those of the components that have dictionaries."""
-    return boxes[:, [PARTS.index(part) for part in cfg.parts]]
+    return boxes[:, [COMPONENTS.index(name) for name in cfg.components]]
 
 
 class MemoryExtractor(nn.Module):
-    """F_gen of Eq. (2) and F_spe of Eq. (6): sharp faces (M,3,H,W), boxes (M,4,4) → a dictionary whose
-    items are the faces: keys (M,C/4,n,n) and values (M,C,n,n) of each component and scale."""
+    """F_gen of Eq. (2) and F_spe of Eq. (6): sharp faces → a dictionary, an item a face.
+
+    images (M,3,H,W), boxes (M,4,4) → keys (M,C/4,n,n), values (M,C,n,n) of each component
+    and scale.
+    """
+    crop = staticmethod(crop_components)
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.features = cfg, Extractor(cfg)
-        widths = {f"scale{s}_{part}": cfg.width * 2**(s - 1) for s in cfg.scales for part in cfg.parts}
-        self.keys = nn.ModuleDict({name: pair(width, width // 4) for name, width in widths.items()})
-        self.values = nn.ModuleDict({name: pair(width, width) for name, width in widths.items()})
+        self.cfg = cfg
+        self.features = Extractor(cfg)
+        self.keys = nn.ModuleDict()
+        self.values = nn.ModuleDict()
+        for scale in cfg.scales:
+            width = cfg.widths[scale - 1]
+            for component in cfg.components:
+                self.keys[f"scale{scale}_{component}"] = pair(width, width // 4)
+                self.values[f"scale{scale}_{component}"] = pair(width, width)
 
     def forward(self, images, boxes):
-        crop = cut_components if self.cfg.released else crop_components
-        dictionary, maps, boxes = {}, self.features(images), part_boxes(self.cfg, boxes)
+        maps = self.features(images)
+        boxes = part_boxes(self.cfg, boxes)
+        dictionary = {}
         for scale in self.cfg.scales:
-            parts = crop(maps[scale - 1], boxes, 2**scale, part_sizes(self.cfg, scale))
-            for part, component in zip(self.cfg.parts, parts):
-                name = f"scale{scale}_{part}"
-                dictionary[name] = tuple(             # stored as they are read: flat
-                    layers[name](component).float().contiguous() for layers in (self.keys, self.values))
+            sizes = self.cfg.component_sizes[scale - 1]
+            parts = self.crop(maps[scale - 1], boxes, 2**scale, sizes)
+            for component, part in zip(self.cfg.components, parts):
+                name = f"scale{scale}_{component}"
+                keys, values = self.keys[name](part), self.values[name](part)
+                # Contiguous, as they are read: as rows.
+                dictionary[name] = keys.float().contiguous(), values.float().contiguous()
         return dictionary
 
 
 def renew_items(dictionary, fresh, places):
-    """Eq. (2): {key_y, value_y} = F_gen(I_y^g; Θ_gen) for items y in `places`; others as they are."""
-    return {name: tuple(old.index_copy(0, places, new) for old, new in zip(items, fresh[name]))
-            for name, items in dictionary.items()}
+    """Eq. (2): {key_y, value_y} = F_gen(I_y^g; Θ_gen) for the items y in `places`.
+
+    fresh: the dictionary that F_gen made of these I_y^g. The other items stay.
+    """
+    renewed = {}
+    for name, (keys, values) in dictionary.items():
+        fresh_keys, fresh_values = fresh[name]
+        renewed[name] = (keys.index_copy(0, places, fresh_keys),
+                         values.index_copy(0, places, fresh_values))
+    return renewed
 
 
 def forward_update(dictionary, fresh, gammas):
-    """Eq. (3): value* = γ_v value + (1−γ_v) value^gt and key* = γ_k key + (1−γ_k) key^gt.
+    """Eq. (3): value* = γ_v value + (1−γ_v) value^gt, key* = γ_k key + (1−γ_k) key^gt.
 
-    dictionary: Y items, fresh: {key^gt, value^gt} of some sharp faces, gammas: {name: (γ_k, γ_v)} in [0,1].
-    Each face updates the item of the nearest key; where several meet in one, their mean does.
+    fresh: {key^gt, value^gt} of some sharp faces; gammas: {name: (γ_k, γ_v)} in [0,1].
+    Each face updates the item of the nearest key; where several meet, their mean does.
     """
     updated = {}
-    for name, items in dictionary.items():
-        keys, fresh_keys = items[0].flatten(1), fresh[name][0].flatten(1)
-        nearest = torch.cdist(fresh_keys.detach(), keys).argmin(1)
-        meets = F.one_hot(nearest, len(keys)).to(keys).T                               # (Y, faces)
-        count = meets.sum(1)
-        share = meets / count.clamp(min=1)[:, None]
-        updated[name] = []
-        for old, new, gamma in zip(items, fresh[name], gammas[name]):
-            blend = gamma * old.flatten(1) + (1 - gamma) * (share @ new.flatten(1))
-            updated[name].append(torch.where((count > 0)[:, None], blend, old.flatten(1)).view_as(old))
+    for name, (keys, values) in dictionary.items():
+        fresh_keys, fresh_values = fresh[name]
+        gamma_k, gamma_v = gammas[name]
+        distances = torch.cdist(fresh_keys.detach().flatten(1), keys.flatten(1))
+        writes = F.one_hot(distances.argmin(1), len(keys)).to(keys).T       # (Y, faces)
+        updated[name] = (blend(keys, fresh_keys, writes, gamma_k),
+                         blend(values, fresh_values, writes, gamma_v))
     return updated
 
 
+def blend(items, fresh, writes, gamma):
+    """γ item + (1−γ) mean of the fresh ones written into it; the other items stay."""
+    count = writes.sum(1, keepdim=True)
+    mean = writes @ fresh.flatten(1) / count.clamp(min=1)
+    mixed = gamma * items.flatten(1) + (1 - gamma) * mean
+    return torch.where(count > 0, mixed, items.flatten(1)).view_as(items)
+
+
 class GenericMemory(nn.Module):
-    """What the generic dictionary is made with in the first two stages, and no longer needed after: F_gen,
-    and γ_k, γ_v of each component and scale, kept in [0,1] by a sigmoid."""
+    """What makes the generic dictionary in the first two stages: F_gen, and γ_k, γ_v of
+    each component and scale, kept in [0,1] by a sigmoid."""
 
     def __init__(self, cfg):
         super().__init__()
         self.extract = MemoryExtractor(cfg)
-        normalise(self, cfg)
-        self.logits = nn.ParameterDict({name: torch.full((2,), 2.0) for name in self.extract.keys})
+        if cfg.spectral:
+            normalise(self)
+        self.logits = nn.ParameterDict(
+            {name: torch.full((2,), 2.0) for name in self.extract.keys})
 
     def forward(self, dictionary, images, boxes, places=None):
-        """The dictionary with items renewed (Eq. 2) at `places`, or updated by the faces (Eq. 3)."""
+        """The dictionary with the items at `places` renewed, Eq. (2); without places with
+        the faces written into it, Eq. (3)."""
         fresh = self.extract(images, boxes)
         if places is not None:
             return renew_items(dictionary, fresh, places)
+        gammas = {name: logit.sigmoid() for name, logit in self.logits.items()}
         with torch.autocast(images.device.type, enabled=False):
-            return forward_update(dictionary, fresh,
-                                  {name: logit.sigmoid() for name, logit in self.logits.items()})
+            return forward_update(dictionary, fresh, gammas)
 
 
-def read_dictionary(query, keys, values, scale, allowed=None, transform=True):
-    """Eq. (7): F̃ = softmax(Q Kᵀ / √d) V, one weight an item for the whole component.
+def attention(query, keys, root, allowed=None):
+    """The softmax of Eq. (7), one weight an item for the whole component.
 
-    query (B,C/4,n,n), keys (M,C/4,n,n), values (M,C,n,n), scale √d: a number or (B,1), allowed (B,M): the
-    items a face may read, all if None → F̃ (B,C,n,n), weights (B,M). A face that may read none gets zeros.
-    Without `transform` the weights are 1 for the highest score and 0 for the rest.
+    query (B,C/4,n,n), keys (M,C/4,n,n), root √d: a number or (B,1), allowed (B,M): what a
+    face may read, None: all → weights (B,M); zeros for a face that may read none.
     """
-    score = query.flatten(1) @ keys.flatten(1).T / scale
-    if allowed is not None:
-        score = score.masked_fill(~allowed, torch.finfo(score.dtype).min)
-    weights = score.softmax(1) if transform else F.one_hot(score.argmax(1), len(keys)).to(score)
-    if allowed is not None:
-        weights = weights * allowed
-    return (weights @ values.flatten(1)).view(len(query), *values.shape[1:]), weights
+    scores = query.flatten(1) @ keys.flatten(1).T / root
+    if allowed is None:
+        return scores.softmax(1)
+    lowest = torch.finfo(scores.dtype).min
+    return scores.masked_fill(~allowed, lowest).softmax(1) * allowed
+
+
+def read_dictionary(query, keys, values, root, allowed=None):
+    """Eq. (7): F̃ = softmax(Q Kᵀ / √d) V → F̃ (B,C,n,n), weights (B,M); see attention."""
+    weights = attention(query, keys, root, allowed)
+    reading = weights @ values.flatten(1)
+    return reading.view(len(query), *values.shape[1:]), weights
+
+
+def read_best(query, keys, values, root, allowed):
+    """Row "w/o T" of Table 3: the one value with the highest score → F̃, weights 0 or 1.
+
+    The choice has no gradient; backward it counts as the softmax (straight-through), so
+    that queries and keys are learned.
+    """
+    weights = attention(query, keys, root, allowed)
+    best = F.one_hot(weights.argmax(1), len(keys)).to(weights)
+    weights = best + (weights - weights.detach())
+    reading = weights @ values.flatten(1)
+    return reading.view(len(query), *values.shape[1:]), weights
 
 
 class IdentityScore(nn.Module):
-    """Eq. (8): F̃^d = M_Id F̃^s + (1 − M_Id) F̃^g, with M_Id from F^d, F̃^s and F̃^g. (B,C,n,n) each.
+    """Eq. (8): F̃^d = M_Id F̃^s + (1 − M_Id) F̃^g, with M_Id from F^d, F̃^s and F̃^g.
 
-    M_Id has a number for each channel and position; it begins near 1/2.
+    All (B,C,n,n). M_Id begins around 1/2.
     """
 
     def __init__(self, channels, bounded=True):
         super().__init__()
-        third, self.bounded = channels // 3, bounded
+        self.bounded = bounded
+        third = channels // 3
         self.reduce = nn.ModuleList(pair(channels, third) for _ in range(3))
         self.score = begin_at(pair(3 * third, channels), 0.0 if bounded else 0.5)
 
     def forward(self, part, specific, generic):
-        score = self.score(torch.cat([reduce(x) for reduce, x in zip(
-            self.reduce, (part, specific, generic))], 1))
-        score = score.sigmoid() if self.bounded else score
-        return generic + score * (specific - generic), score
+        inputs = part, specific, generic
+        reduced = [reduce(x) for reduce, x in zip(self.reduce, inputs)]
+        score = self.score(torch.cat(reduced, 1))
+        if self.bounded:
+            score = score.sigmoid()
+        return score * specific + (1 - score) * generic, score
 
 
 class ConfidenceScore(nn.Module):
-    """Eq. (9): F̂^d = F^d + F̃^d · F_Con(F̃^d − F^d). (B,C,n,n) each.
+    """Eq. (9): F̂^d = F^d + F̃^d · F_Con(F̃^d − F^d). All (B,C,n,n).
 
-    F_Con has a number for each channel and position; it begins small, by trusting the degraded face.
+    F_Con begins by trusting the degraded face: around 0, bounded around 0.12.
     """
 
     def __init__(self, channels, bounded=True):
@@ -362,60 +472,89 @@ class ConfidenceScore(nn.Module):
 
     def forward(self, part, reading):
         score = self.score(reading - part)
-        return part + reading * (score.sigmoid() if self.bounded else score)
+        if self.bounded:
+            score = score.sigmoid()
+        return part + reading * score
 
 
 class DictionaryTransform(nn.Module):
-    """Figure 2, at one scale: RoIAlign, query, read both dictionaries, mix, confidence, paste."""
+    """Figure 2 at one scale: crop, query, read dictionaries, mix, confidence, paste."""
 
     def __init__(self, scale, cfg):
         super().__init__()
-        channels = cfg.width * 2**(scale - 1)
-        self.cfg, self.scale, self.stride, self.sizes = cfg, scale, 2**scale, part_sizes(cfg, scale)
-        self.query = nn.ModuleDict({part: pair(channels, channels // 4) for part in cfg.parts})
-        both = cfg.items and cfg.references and cfg.transform
-        self.identity = nn.ModuleDict({part: IdentityScore(channels, cfg.bounded)
-                                       for part in cfg.parts if both})
-        self.confidence = nn.ModuleDict({part: ConfidenceScore(channels, cfg.bounded) for part in cfg.parts})
+        self.cfg = cfg
+        self.scale = scale
+        self.stride = 2**scale
+        self.sizes = cfg.component_sizes[scale - 1]
+        self.root = math.sqrt(cfg.temperature)
+        channels = cfg.widths[scale - 1]
+        self.query = nn.ModuleDict()
+        self.identity = nn.ModuleDict()
+        self.confidence = nn.ModuleDict()
+        for component in cfg.components:
+            self.query[component] = pair(channels, channels // 4)
+            if cfg.items and cfg.references and cfg.transform:
+                self.identity[component] = IdentityScore(channels, cfg.bounded)
+            self.confidence[component] = ConfidenceScore(channels, cfg.bounded)
 
-    def read(self, part, component, generic, specific, allowed):
-        """F̃^d of one component (B,C,n,n), and what was read: the weights of each dictionary's items and the
-        identity score, where there are."""
-        query, cfg, name = self.query[part](component), self.cfg, f"scale{self.scale}_{part}"
-        root = math.sqrt(cfg.temperature)
-        if generic is None or specific is None:
-            items, limits = (generic[name], None) if specific is None else (specific[name], allowed)
-            reading, weights = read_dictionary(query, *items, root, limits, cfg.transform)
-            return reading, {"generic" if specific is None else "specific": weights}
-        if not cfg.transform:                    # row "w/o T": one item, the best of both dictionaries
-            keys, values = (torch.cat(both) for both in zip(generic[name], specific[name]))
-            everywhere = torch.ones(len(query), cfg.items, dtype=torch.bool, device=query.device)
-            reading, weights = read_dictionary(query, keys, values, root,
-                                               torch.cat([everywhere, allowed], 1), False)
-            return reading, {"generic": weights[:, :cfg.items], "specific": weights[:, cfg.items:]}
-        generic_read, generic_weights = read_dictionary(query, *generic[name], root)
-        specific_read, specific_weights = read_dictionary(query, *specific[name], root, allowed)
-        mixed, score = self.identity[part](component, specific_read, generic_read)
-        known = allowed.any(1)[:, None, None, None]
-        return torch.where(known, mixed, generic_read), {
-            "generic": generic_weights, "specific": specific_weights, "identity": score}
+    def read(self, component, part, generic, specific, allowed):
+        """F̃^d of one component, and what was read.
+
+        part (B,C,n,n); generic, specific: (keys, values) or None; allowed (B,M): the
+        specific items that a face may read → F̃^d (B,C,n,n), {"generic": weights (B,Y),
+        "specific": weights (B,M), "identity": score (B,C,n,n)}, as far as there are any.
+        """
+        query = self.query[component](part)
+        if not self.cfg.transform:
+            return self.read_one_item(query, generic, specific, allowed)
+        if specific is None:
+            reading, weights = read_dictionary(query, *generic, self.root)
+            return reading, {"generic": weights}
+        own, own_weights = read_dictionary(query, *specific, self.root, allowed)
+        if generic is None:
+            return own, {"specific": own_weights}
+        reading, weights = read_dictionary(query, *generic, self.root)
+        mixed, score = self.identity[component](part, own, reading)
+        known = allowed.any(1)[:, None, None, None]      # without references F̃^d is F̃^g
+        return torch.where(known, mixed, reading), {
+            "generic": weights, "specific": own_weights, "identity": score}
+
+    def read_one_item(self, query, generic, specific, allowed):
+        """What `read` gives in row "w/o T": the best item of both dictionaries."""
+        keys, values = generic
+        count = len(keys)
+        readable = torch.ones(len(query), count, dtype=torch.bool, device=query.device)
+        if specific is not None:
+            keys = torch.cat([keys, specific[0]])
+            values = torch.cat([values, specific[1]])
+            readable = torch.cat([readable, allowed], 1)
+        reading, weights = read_best(query, keys, values, self.root, readable)
+        return reading, {"generic": weights[:, :count], "specific": weights[:, count:]}
 
     def forward(self, features, boxes, generic, specific, allowed):
+        """features (B,C,h,w), boxes (B,parts,4), both dictionaries or None → enriched
+        features, what was read of each component."""
         parts = crop_components(features, boxes, self.stride, self.sizes)
-        changes, readings = [], {}
-        for part, component in zip(self.cfg.parts, parts):       # a loop, as their sizes differ
-            reading, readings[part] = self.read(part, component, generic, specific, allowed)
-            changes.append(self.confidence[part](component, reading) - component)
+        changes = []
+        readings = {}
+        for component, part in zip(self.cfg.components, parts):    # their sizes differ
+            name = f"scale{self.scale}_{component}"
+            reading, readings[component] = self.read(
+                component, part, generic and generic[name], specific and specific[name],
+                allowed)
+            changes.append(self.confidence[component](part, reading) - part)
         change = paste_components(changes, boxes, self.stride, features.shape[2:])
-        return features + change.to(features.dtype, memory_format=torch.channels_last), readings
+        change = change.to(features.dtype, memory_format=torch.channels_last)
+        return features + change, readings
 
 
 class MSDilate(nn.Module):
-    """The decoder's start: four pairs of convolutions, dilations 4, 3, 2, 1, fused, added to the input."""
+    """The decoder's start: four dilated pairs of convolutions, fused, plus the input."""
 
     def __init__(self, channels):
         super().__init__()
-        self.branches = nn.ModuleList(pair(channels, channels, dilations=(d, d)) for d in (4, 3, 2, 1))
+        self.branches = nn.ModuleList(
+            pair(channels, channels, dilations=(d, d)) for d in (4, 3, 2, 1))
         self.fuse = convolution(4 * channels, channels)
 
     def forward(self, x):
@@ -423,13 +562,18 @@ class MSDilate(nn.Module):
 
 
 class SFTStage(nn.Module):
-    """A decoder stage with Eq. (10): F^out = α · F^decoder + β, α and β from the enriched features by two
-    convolutions each. x, skip (B,before,h,w) → (B,after,2h,2w)."""
+    """A decoder stage with Eq. (10): F^out = α · F^decoder + β.
+
+    α and β come from the enriched features by two convolutions each, and begin around 1
+    and 0. x, skip (B,before,h,w) → (B,after,2h,2w).
+    """
 
     def __init__(self, before, after):
         super().__init__()
-        self.reduce, self.widen = pair(before, after), pair(after, after)
-        self.scale, self.shift = begin_at(pair(before, after), 1), pair(before, after)
+        self.reduce = pair(before, after)
+        self.scale = begin_at(pair(before, after), 1)
+        self.shift = pair(before, after)
+        self.widen = pair(after, after)
 
     def forward(self, x, skip):
         x = F.leaky_relu(self.reduce(x), 0.2, inplace=True)
@@ -440,71 +584,80 @@ class SFTStage(nn.Module):
 class DMDNet(nn.Module):
     """Eq. (1) and (5): Î^h = F(I^d | Dic^g, Dic^s; Θ).
 
-    degraded (B,3,H,W) in [-1,1], boxes (B,4,4) → restored (B,3,H,W). References are given as images
-    (B,N,3,H,W) with boxes (B,N,4,4), or as images (M,3,H,W) with boxes (M,4,4) and `owner` (M,), or as a
-    `specific` dictionary, which all faces share unless `owner` says whose each item is. `generic` replaces
-    the network's own generic dictionary. `readings` of the last call are kept for pictures.
+    degraded (B,3,H,W) in [-1,1], boxes (B,4,4) → restored (B,3,H,W). references (M,3,H,W)
+    with reference_boxes (M,4,4) are those of all faces; owner (M,) says whose each is,
+    None: all faces read all. `generic` stands in for the network's own dictionary.
     """
+    transform = DictionaryTransform
+    memory = MemoryExtractor
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.readings = cfg, {}
-        scales = cfg.scales if cfg.items or cfg.references else ()
-        cfg = cfg if scales else replace(cfg, width=2 * cfg.width)      # "items-0" is twice as wide: Table 3
-        widths = [cfg.width * 2**level for level in range(3)]
+        self.cfg = cfg
+        self.readings = {}                             # of the last call, for pictures
+        fine, middle, coarse = cfg.widths
         self.extract = Extractor(cfg)
-        block = ReleasedTransform if cfg.released else DictionaryTransform
-        self.transforms = nn.ModuleDict({f"scale{s}": block(s, cfg) for s in scales})
-        self.extract_specific = MemoryExtractor(cfg) if cfg.references else None
-        self.context = MSDilate(widths[2])
-        outputs = (widths[1], widths[0], widths[0])
-        self.stages = nn.ModuleList(SFTStage(a, b) for a, b in zip(reversed(widths), outputs))
-        self.paint = nn.Sequential(convolution(widths[0], widths[0]), nn.LeakyReLU(0.2),
-                                   *[Residual(widths[0]) for _ in range(cfg.paint_blocks)],
-                                   convolution(widths[0], 3))
+        self.transforms = nn.ModuleDict(
+            {f"scale{scale}": self.transform(scale, cfg) for scale in cfg.scales})
+        self.extract_specific = self.memory(cfg) if cfg.references else None
+        self.context = MSDilate(coarse)
+        self.stages = nn.ModuleList(
+            [SFTStage(coarse, middle), SFTStage(middle, fine), SFTStage(fine, fine)])
+        blocks = [Residual(fine) for _ in range(cfg.paint_blocks)]
+        self.paint = nn.Sequential(convolution(fine, fine), nn.LeakyReLU(0.2), *blocks,
+                                   convolution(fine, 3))
         if cfg.residual:
             nn.init.zeros_(self.paint[-1].weight)
-        normalise(self, cfg)
-        self.generic = nn.ParameterDict()         # Θ_Dic^g of Eq. (5): noise until the first stage fills it
-        for scale in scales if cfg.items else ():
-            for part, side in zip(cfg.parts, part_sizes(cfg, scale)):
-                for kind, channels in (("key", widths[scale - 1] // 4), ("value", widths[scale - 1])):
-                    self.generic[f"scale{scale}_{part}_{kind}"] = nn.Parameter(
-                        torch.randn(cfg.items, channels, side, side), requires_grad=False)
+        if cfg.spectral:
+            normalise(self)
+
+        # Θ_Dic^g of Eq. (5): noise, until the first stage fills it.
+        self.generic_keys = nn.ParameterDict()
+        self.generic_values = nn.ParameterDict()
+        for scale in cfg.scales if cfg.items else ():
+            width = cfg.widths[scale - 1]
+            for component, side in zip(cfg.components, cfg.component_sizes[scale - 1]):
+                name = f"scale{scale}_{component}"
+                self.generic_keys[name] = torch.randn(cfg.items, width // 4, side, side)
+                self.generic_values[name] = torch.randn(cfg.items, width, side, side)
 
     def generic_dictionary(self):
         """Dic^g, None without items."""
-        return {name.removesuffix("_key"): (self.generic[name], self.generic[name[:-3] + "value"])
-                for name in self.generic if name.endswith("_key")} or None
+        names = list(self.generic_keys)
+        return {name: (self.generic_keys[name], self.generic_values[name])
+                for name in names} or None
 
     @torch.no_grad()
     def set_generic_dictionary(self, dictionary):
         """Take over keys and values."""
-        for name, items in dictionary.items():
-            for kind, item in zip(("key", "value"), items):
-                self.generic[f"{name}_{kind}"].copy_(item)
+        for name, (keys, values) in dictionary.items():
+            self.generic_keys[name].copy_(keys)
+            self.generic_values[name].copy_(values)
 
-    def forward(self, degraded, boxes, references=None, reference_boxes=None, owner=None, specific=None,
+    def boxes(self, landmarks):
+        """Boxes (B,4,4) in pixels around the COMPONENTS of landmarks (B,68,2)."""
+        return common.component_boxes(landmarks, self.cfg.size)
+
+    def forward(self, degraded, boxes, references=None, reference_boxes=None, owner=None,
                 generic=None):
-        if references is not None and references.ndim == 5:
-            owner = torch.arange(len(references), device=references.device).repeat_interleave(
-                references.shape[1])
-            references, reference_boxes = references.flatten(0, 1), reference_boxes.flatten(0, 1)
+        specific = None
         if references is not None and len(references):
-            specific = self.extract_specific(references, reference_boxes)         # Eq. (6)
+            specific = self.extract_specific(references, reference_boxes)       # Eq. (6)
+        return self.read_and_paint(degraded, boxes, specific, owner, generic)
+
+    def read_and_paint(self, degraded, boxes, specific=None, owner=None, generic=None):
+        """The same with the specific dictionary of the references instead of them."""
         generic = generic or self.generic_dictionary()
-        allowed = None
-        if specific is not None:
-            count, face = len(next(iter(specific.values()))[0]), torch.arange(len(degraded))[:, None]
-            allowed = (torch.ones(len(degraded), count, dtype=torch.bool, device=degraded.device)
-                       if owner is None else owner == face.to(owner))
-        features, boxes, self.readings = self.extract(degraded), part_boxes(self.cfg, boxes), {}
+        allowed = specific and allowed_items(specific, owner, len(degraded))
+        boxes = part_boxes(self.cfg, boxes)
+        features = self.extract(degraded)
+        self.readings = {}
         x = self.context(features[2])
-        for stage, scale in zip(self.stages, (3, 2, 1)):                          # from coarse to fine
-            skip, name = features[scale - 1], f"scale{scale}"
+        for stage, scale in zip(self.stages, (3, 2, 1)):         # from coarse to fine
+            skip = features[scale - 1]
+            name = f"scale{scale}"
             if name in self.transforms and (generic or specific):
-                # Scores want float32, and bfloat16 would gain nothing on maps as small as these: it would
-                # cast every item of a dictionary at every call.
+                # Scores want float32; and bfloat16 would cast all items in every call.
                 with torch.autocast(skip.device.type, enabled=False):
                     skip, self.readings[name] = self.transforms[name](
                         skip, boxes, generic, specific, allowed)
@@ -513,16 +666,25 @@ class DMDNet(nn.Module):
         return degraded + image if self.cfg.residual else torch.tanh(image)
 
 
+def allowed_items(specific, owner, faces):
+    """Which items of a specific dictionary each face may read, its own: (faces,M)."""
+    keys, _ = next(iter(specific.values()))
+    if owner is None:
+        return torch.ones(faces, len(keys), dtype=torch.bool, device=keys.device)
+    return owner == torch.arange(faces, device=owner.device)[:, None]
+
+
 class Discriminator(nn.Module):
-    """D_r: an SN-GAN patch discriminator, all under SN, of images reduced r times: (B,3,H,W) → (B,1,h,w)."""
+    """D_r: an SN-GAN patch discriminator of images reduced r times, (B,3,H,W) → scores."""
 
     def __init__(self, width):
         super().__init__()
-        widths = (3, width, 2 * width, 4 * width)
+        layers = []
+        for before, after in ((3, width), (width, 2 * width), (2 * width, 4 * width)):
+            layers += [spectral_norm(nn.Conv2d(before, after, 4, 2, 1)),
+                       nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(
-            *[nn.Sequential(spectral_norm(nn.Conv2d(a, b, 4, 2, 1)), nn.LeakyReLU(0.2))
-              for a, b in zip(widths, widths[1:])],
-            spectral_norm(nn.Conv2d(widths[-1], 1, 3, padding=1)))
+            *layers, spectral_norm(nn.Conv2d(4 * width, 1, 3, padding=1)))
 
     def forward(self, image):
         return self.layers(image)
@@ -535,13 +697,13 @@ class Discriminators(nn.ModuleList):
         super().__init__(Discriminator(width) for _ in range(3))
 
     def forward(self, image):
-        reduced = [image if level == 0 else F.avg_pool2d(image, 2**level) for level in range(3)]
-        return [net(x) for net, x in zip(self, reduced)]
+        return [net(image if r == 1 else F.avg_pool2d(image, r))
+                for net, r in zip(self, (1, 2, 4))]
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 4. Losses
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 def pixel_loss(restored, target):
     """Eq. (11): ‖Î^h − I^gt‖² / (C H W), a mean over the batch."""
@@ -549,54 +711,64 @@ def pixel_loss(restored, target):
 
 
 def perceptual_loss(features, target_features):
-    """Eq. (12): Σ_i ‖Φ_i(Î^h) − Φ_i(I^gt)‖² / (C_i H_i W_i) of four lists of maps, a mean over the batch."""
-    return sum(F.mse_loss(a.float(), b.float()) for a, b in zip(features, target_features))
+    """Eq. (12): Σ_i ‖Φ_i(Î^h) − Φ_i(I^gt)‖² / (C_i H_i W_i), a mean over the batch."""
+    return sum(F.mse_loss(a.float(), b.float())
+               for a, b in zip(features, target_features))
+
+
+def reconstruction_losses(restored, target, features, target_features, cfg):
+    """Eq. (13): the two terms of L_rec = λ_mse L_mse + λ_perc L_perc, by name."""
+    perceptual = perceptual_loss(features, target_features)
+    return {"pixel": cfg.weight_pixel * pixel_loss(restored, target),
+            "perceptual": cfg.weight_perceptual * perceptual}
+
+
+def gram(maps):
+    """Φᵀ Φ of maps (B,C,h,w), Φ a matrix of h·w rows: sums over positions, (B,C,C)."""
+    with torch.autocast(maps.device.type, enabled=False):    # large sums are subtracted
+        flat = maps.float().flatten(2)
+        return flat @ flat.transpose(1, 2)
 
 
 def style_loss(features, target_features):
     """Eq. (14): Σ_i ‖Φ_iᵀ Φ_i − Φ_i'ᵀ Φ_i'‖² / (C_i H_i W_i), a mean over the batch.
 
-    Φ_i is taken as a matrix of H_i W_i rows, so that the Gram matrix has C_i × C_i entries. They are sums
-    over all positions, as printed: the loss grows with the area and the fourth power of the features.
+    As printed: it grows with the area and the fourth power of the features.
     """
-    def gram(maps):
-        with torch.autocast(maps.device.type, enabled=False):     # small differences of large sums follow
-            flat = maps.float().flatten(2)
-            return flat @ flat.transpose(1, 2)
-
-    return sum((gram(a) - gram(b)).square().sum((1, 2)).mean() / a[0].numel()
-               for a, b in zip(features, target_features))
+    loss = 0
+    for a, b in zip(features, target_features):
+        difference = (gram(a) - gram(b)).square().sum((1, 2))
+        loss = loss + difference.mean() / a[0].numel()
+    return loss
 
 
 def discriminator_loss(real, fake):
-    """Eq. (15): −Σ_r E[min(0, D_r(I_↓r) − 1)] + E[min(0, −1 − D_r(Î_↓r))]. The paper's L_D is what D
-    maximises; this is its negative, to be minimised. real, fake: lists of score maps."""
-    return sum(F.relu(1 - r.float()).mean() + F.relu(1 + f.float()).mean() for r, f in zip(real, fake))
+    """Eq. (15): −Σ_r E[min(0, D_r(I_↓r) − 1)] + E[min(0, −1 − D_r(Î_↓r))].
+
+    The paper's L_D is what D maximises; this is its negative. real, fake: score maps.
+    """
+    return sum(F.relu(1 - r.float()).mean() + F.relu(1 + f.float()).mean()
+               for r, f in zip(real, fake))
 
 
 def adversarial_loss(fake, weights):
-    """Eq. (16): −Σ_r λ_a,r E[D_r(Î_↓r)], with λ_a,r inside the sum, as its index asks for."""
+    """Eq. (16): −Σ_r λ_a,r E[D_r(Î_↓r)], λ_a,r inside the sum, as its index asks for."""
     return -sum(w * f.float().mean() for w, f in zip(weights, fake))
 
 
-# -----------------------------------------------------------------------------------------------------------
+def photo_realistic_losses(features, target_features, fake, cfg):
+    """Eq. (17): the two terms of L_real = λ_style L_style + L_G, by name."""
+    return {"style": cfg.weight_style * style_loss(features, target_features),
+            "adversarial": adversarial_loss(fake, cfg.weight_adversarial)}
+
+
+# --------------------------------------------------------------------------------------
 # 5. Data
-# -----------------------------------------------------------------------------------------------------------
-
-def load_faces(cfg, args):
-    """The faces of --data, or rendered ones."""
-    if args.data is None:
-        return common.RenderedFaces(cfg.size)
-    return common.FaceFolder(args.data, cfg.size, args.landmarks, args.aligned)
-
-
-def component_boxes(landmarks, cfg):
-    """Boxes (B,4,4) around left eye, right eye, nose, mouth, of landmarks (B,68,2) in pixels."""
-    return released_boxes(landmarks) if cfg.released else common.component_boxes(landmarks, cfg.size)
-
+# --------------------------------------------------------------------------------------
 
 def with_references(faces, i, count, generator):
-    """Picture i and up to `count` others of the person, at random → images (1+N,3,H,W), landmarks."""
+    """Picture i and up to `count` others of the person, at random → images (1+N,3,H,W),
+    landmarks (1+N,68,2)."""
     others = faces.others(i)
     if not others or not count:
         return common.stack_faces(faces, [i])
@@ -604,728 +776,587 @@ def with_references(faces, i, count, generator):
     return common.stack_person(faces, [i, *(others[k] for k in order)])
 
 
-def choose_generic(faces, indices, cfg):
-    """The Y pictures of Eq. (2), at random; of different people as long as there are some, and some of them
-    more than once where there are fewer than Y."""
-    order = [indices[k] for k in torch.randperm(len(indices), generator=common.seeded(cfg.seed, 3)).tolist()]
-    met, first, rest = set(), [], []
-    for i in order:
-        (rest if int(faces.identity[i]) in met else first).append(i)
-        met.add(int(faces.identity[i]))
-    chosen = first + rest
-    return [chosen[y % len(chosen)] for y in range(cfg.items)]
+def choose_generic(faces, pictures, items):
+    """The Y pictures of Eq. (2): one of each person, then second ones, and so on; where
+    there are fewer than Y, all again."""
+    people = {}
+    for i in pictures:
+        people.setdefault(int(faces.identity[i]), []).append(i)
+    turns = itertools.zip_longest(*people.values())
+    chosen = [i for turn in turns for i in turn if i is not None]
+    return [chosen[y % len(chosen)] for y in range(items)]
 
 
 class Batches(torch.utils.data.Dataset):
-    """Training batch number `step`, from 0: a dict of degraded, target (B,3,H,W), boxes (B,4,4);
-    references (M,3,H,W), reference_boxes and owner (M,), of 0 to cfg.drawn a face; and sharp faces for
-    the generic dictionary with sharp_boxes and, in the first stage, their places in it. A pure function of
-    (seed, rank, step), so that a resumed run sees what an unbroken one would have seen."""
+    """Training batch number `step`, from 0: a dict of tensors.
 
-    def __init__(self, faces, indices, cfg, rank=0):
-        self.faces, self.indices, self.cfg, self.rank = faces, indices, cfg, rank
-        self.generic = choose_generic(faces, indices, cfg) if cfg.items else []
+    degraded, target (B,3,H,W), boxes (B,4,4); references (M,3,H,W) of 0 to cfg.drawn a
+    face, with reference_boxes and owner (M,); in the first two stages sharp faces for the
+    generic dictionary with sharp_boxes, in the first their places in it.
+
+    Every face has a random stream of its own, (seed, step, place in the whole batch): a
+    resumed run sees what an unbroken one would have seen, and two processes see what one
+    with twice their batch would.
+    """
+
+    def __init__(self, faces, indices, cfg):
+        self.faces = faces
+        self.indices = indices
+        self.cfg = cfg
+        self.first = common.rank() * cfg.batch
+        # In the first two stages one half of the pictures is written into the dictionary,
+        # the other restored.
+        order = torch.randperm(len(indices), generator=common.seeded(cfg.seed, 3))
+        shuffled = [indices[k] for k in order.tolist()]
+        half = (len(shuffled) + 1) // 2
+        self.written = shuffled[:half]
+        self.restored = shuffled[half:] or shuffled
+        self.generic = choose_generic(faces, self.written, cfg.items)
 
     def __len__(self):
         return self.cfg.steps
 
-    def sets(self, step, rank, references):
-        """Of each face of a batch, itself and its references, augmented: a list of images, landmarks."""
-        cfg, generator = self.cfg, common.seeded(self.cfg.seed, 1, rank, step)
-        chosen = [self.indices[i] for i in torch.randint(len(self.indices), (cfg.batch,),
-                                                         generator=generator).tolist()]
-        counts = torch.randint(references + 1, (cfg.batch,), generator=generator).tolist()
-        return [common.augment(*with_references(self.faces, i, count, generator), generator, cfg.crop,
-                               cfg.jitter) for i, count in zip(chosen, counts)]
+    def sample(self, step, place):
+        """One face: degraded (3,H,W); sharp with its references behind, (1+N,3,H,W), and
+        boxes (1+N,4,4)."""
+        cfg = self.cfg
+        generator = common.seeded(cfg.seed, 1, step, place)
+        stage = stage_of(step + 1, cfg)
+        pictures = self.restored if stage < 2 else self.indices
+        i = pictures[torch.randint(len(pictures), (), generator=generator).item()]
+        most = min(cfg.drawn, cfg.references) if stage > 0 else 0
+        count = torch.randint(most + 1, (), generator=generator).item()
+        images, landmarks = with_references(self.faces, i, count, generator)
+        images, landmarks = common.augment(images, landmarks, generator, cfg.crop,
+                                           cfg.jitter)
+        degradation = common.DEGRADATIONS[cfg.degradation]
+        degraded = common.degrade(images[:1], degradation, generator)
+        return degraded[0], images, common.component_boxes(landmarks, cfg.size)
+
+    def faces_to_write(self, step):
+        """The pictures that a step writes into the generic dictionary, and their places,
+        None in the second stage. The same in all processes."""
+        cfg = self.cfg
+        if stage_of(step + 1, cfg) == 0:
+            count = min(cfg.renewed, cfg.items)
+            places = (step * cfg.renewed + torch.arange(count)) % cfg.items
+            return [self.generic[y] for y in places], places
+        generator = common.seeded(cfg.seed, 2, step)
+        chosen = torch.randint(len(self.written), (cfg.renewed,), generator=generator)
+        return [self.written[k] for k in chosen], None
 
     def __getitem__(self, step):
-        cfg, stage = self.cfg, stage_of(step + 1, self.cfg)
-        sets = self.sets(step, self.rank, 0 if stage == 0 else min(cfg.drawn, cfg.references))
-        target = torch.stack([images[0] for images, _ in sets])
-        boxes = [component_boxes(landmarks, cfg) for _, landmarks in sets]
-        owner = [face for face, box in enumerate(boxes) for _ in box[1:]]
-        generator = common.seeded(cfg.seed, 2, self.rank, step)
-        batch = {"degraded": common.degrade(target, common.DEGRADATIONS[cfg.degradation], generator),
-                 "target": target, "boxes": torch.stack([box[0] for box in boxes]),
-                 "references": torch.cat([images[1:] for images, _ in sets]),
-                 "reference_boxes": torch.cat([box[1:] for box in boxes]),
+        samples = [self.sample(step, self.first + k) for k in range(self.cfg.batch)]
+        degraded, images, boxes = zip(*samples)
+        owner = [face for face, those in enumerate(images) for _ in those[1:]]
+        batch = {"degraded": torch.stack(degraded),
+                 "target": torch.stack([those[0] for those in images]),
+                 "boxes": torch.stack([those[0] for those in boxes]),
+                 "references": torch.cat([those[1:] for those in images]),
+                 "reference_boxes": torch.cat([those[1:] for those in boxes]),
                  "owner": torch.tensor(owner, dtype=torch.long)}
-        if stage == 0:                     # the same on all processes, whose dictionaries must not part
-            batch["places"] = (step * cfg.renewed + torch.arange(min(cfg.renewed, cfg.items))) % cfg.items
-            sharp, landmarks = common.stack_faces(self.faces, [self.generic[y] for y in batch["places"]])
-        elif stage == 1:
-            before = self.sets(step - 1, 0, 0 if stage_of(step, cfg) == 0 else min(
-                cfg.drawn, cfg.references))
-            sharp, landmarks = (torch.stack([part[k][0] for part in before]) for k in (0, 1))
-        if stage < 2:
-            batch |= {"sharp": sharp, "sharp_boxes": component_boxes(landmarks, cfg)}
+        if stage_of(step + 1, self.cfg) < 2:
+            pictures, places = self.faces_to_write(step)
+            batch["sharp"], landmarks = common.stack_faces(self.faces, pictures)
+            batch["sharp_boxes"] = common.component_boxes(landmarks, self.cfg.size)
+            if places is not None:
+                batch["places"] = places
         return batch
 
 
-def load_encoder(cfg, args, faces, device):
-    """Φ of Eq. (12), frozen: the recogniser of these faces, or VGG-19."""
-    encoder = common.load_vgg(args.vggface) if cfg.encoder == "vgg" else common.recogniser(faces)
-    return encoder.to(device, memory_format=torch.channels_last)
-
-
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 6. Training
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def fill_generic(net, memory, faces, data, cfg, device):
+def fill_generic(net, memory, data, precision):
     """All items of the generic dictionary by the latest F_gen."""
-    for start in range(0, cfg.items, 16):
-        places = torch.arange(start, min(start + 16, cfg.items))
-        images, landmarks = common.stack_faces(faces, [data.generic[y] for y in places])
-        with common.autocast(device):
-            net.set_generic_dictionary(memory(
-                net.generic_dictionary(), images.to(device, memory_format=torch.channels_last),
-                component_boxes(landmarks, cfg).to(device), places.to(device)))
+    device = next(net.parameters()).device
+    for places in torch.arange(net.cfg.items).split(16):
+        pictures = [data.generic[y] for y in places]
+        images, landmarks = common.stack_faces(data.faces, pictures)
+        images = images.to(device, memory_format=torch.channels_last)
+        boxes = net.boxes(landmarks).to(device)
+        with common.autocast(device, precision):
+            filled = memory(net.generic_dictionary(), images, boxes, places.to(device))
+        net.set_generic_dictionary(filled)
+
+
+def begin_stage(step, run, net, memory, data, optimizer):
+    """The stage of a step, prepared where it begins: Section 3.1."""
+    cfg = net.cfg
+    stage = stage_of(step, cfg)
+    items = optimizer.param_groups[1]
+    for item in items["params"]:
+        item.requires_grad_(stage == 2)
+    before = stage_of(step - 1, cfg) if step > 1 else None
+    if stage == before:
+        return stage
+    run.say(f"step {step}: {STAGES[stage]}")
+    run.forget_best()                              # losses of two stages do not compare
+    if before == 0 and net.extract_specific is not None:
+        net.extract_specific.load_state_dict(memory.extract.state_dict())
+    if 0 in (before, stage):
+        fill_generic(net, memory, data, run.args.precision)
+    if stage == 2:                                 # η begins whole, whatever run.factor
+        items["times"] = cfg.dictionary_rate / (cfg.learning_rate * run.factor)
+    return stage
+
+
+def parameter_groups(net, memory):
+    """What Adam learns: Θ, Θ_gen and γ; and Θ_Dic^g, which has a rate of its own."""
+    learned = [w for name, w in net.named_parameters() if "generic_" not in name]
+    items = [*net.generic_keys.values(), *net.generic_values.values()]
+    return [{"params": [*learned, *memory.parameters()]}, {"params": items}]
 
 
 def train(cfg, args):
-    """Train on args.data, write the run into args.out; see Config for every number."""
-    begin, device, out = time.monotonic(), common.choose_device(args.device), Path(args.out)
-    with common.process_group() as (rank, world):
-        if rank == 0:
-            common.write_json(out / "config.json", asdict(cfg))
-        faces = load_faces(cfg, args)
-        train_indices, validation, test = common.split_identities(faces)
-        data = Batches(faces, train_indices, cfg, rank)
-        if rank == 0 and cfg.references and not any(faces.others(i) for i in train_indices):
-            print("no person has two pictures: only the generic dictionary can be trained", file=sys.stderr)
-        encoder = load_encoder(cfg, args, faces, device) if rank == 0 else None   # one process trains it,
-        if torch.distributed.is_initialized():                                    # others find it cached
-            torch.distributed.barrier()
-        encoder = encoder or load_encoder(cfg, args, faces, device)
-        torch.manual_seed(cfg.seed)
-        net = common.channels_last(DMDNet(cfg), device)
-        memory = (GenericMemory(cfg) if cfg.items else nn.Module()).to(device)
-        discriminators = Discriminators(cfg.discriminator_width).to(
-            device, memory_format=torch.channels_last)
-        items = list(net.generic.parameters())
-        learned = [weight for weight in (*net.parameters(), *memory.parameters()) if weight.requires_grad]
-        optimizer = torch.optim.Adam([{"params": learned}, {"params": items, "lr": cfg.dictionary_rate}],
-                                     cfg.learning_rate, cfg.betas, fused=True)
-        optimizer_d = torch.optim.Adam(discriminators.parameters(), cfg.learning_rate, cfg.betas)
-        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=cfg.patience)
-        parts = {"net": net, "memory": memory, "discriminators": discriminators, "optimizer": optimizer,
-                 "optimizer_d": optimizer_d, "schedule": schedule}
-        start, rows = 0, []
-        if args.resume:
-            state = common.load_checkpoint(args.checkpoint, SCRIPT, device)
-            start, rows = state["step"], state["rows"]
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-        forward, forward_m, forward_d = net, memory, discriminators
-        if world > 1:
-            forward_d = nn.parallel.DistributedDataParallel(discriminators, broadcast_buffers=False)
-        batches = torch.utils.data.DataLoader(data, batch_size=None, sampler=range(start, cfg.steps),
-                                              num_workers=args.workers, pin_memory=device.type == "cuda")
-        progress = common.Progress(f"{SCRIPT} {cfg.variant}", cfg.steps, start, quiet=rank > 0)
-        stage = None
-        for step, batch in enumerate(batches, start + 1):
-            if stage_of(step, cfg) != stage:                                    # Section 3.1
-                before, stage = stage_of(step - 1, cfg) if step > 1 else None, stage_of(step, cfg)
-                progress.line(f"step {step}: {STAGES[stage]}")
-                if before != stage and 0 in (before, stage):
-                    if before == 0 and net.extract_specific:                    # Θ_spe begins as Θ_gen
-                        net.extract_specific.load_state_dict(memory.extract.state_dict())
-                    fill_generic(net, memory, faces, data, cfg, device)
-                for item in items:
-                    item.requires_grad_(stage == 2)
-                if world > 1:
-                    forward, forward_m = (nn.parallel.DistributedDataParallel(
-                        part, broadcast_buffers=False, find_unused_parameters=True)
-                        if any(weight.requires_grad for weight in part.parameters()) else part
-                        for part in (net, memory))
-            batch = {name: part.to(device, non_blocking=True, **(
-                {"memory_format": torch.channels_last} if part.ndim == 4 else {}))
-                for name, part in batch.items()}
-            target, generic = batch["target"], None
-            with common.autocast(device):                                       # generator
-                if stage < 2:
-                    generic = forward_m(net.generic_dictionary(), batch["sharp"], batch["sharp_boxes"],
-                                        batch.get("places"))                    # Eq. (2) or (3)
-                restored = forward(batch["degraded"], batch["boxes"], batch["references"],
-                                   batch["reference_boxes"], batch["owner"], generic=generic)
-                with torch.no_grad():
-                    target_features = encoder.features(target)
-                features = encoder.features(restored)
-                discriminators.requires_grad_(False)
-                losses = {"pixel": cfg.weight_pixel * pixel_loss(restored, target),             # Eq. (13)
-                          "perceptual": cfg.weight_perceptual * perceptual_loss(features, target_features),
-                          "style": cfg.weight_style * style_loss(features, target_features),    # Eq. (17)
-                          "adversarial": adversarial_loss(discriminators(restored), cfg.weight_adversarial)}
-            optimizer.zero_grad(set_to_none=True)
-            sum(losses.values()).backward()                                     # Eq. (18)
-            nn.utils.clip_grad_norm_(learned, cfg.clip)
-            left = min((cfg.steps - step + 1) / max(cfg.cooldown * cfg.steps, 1), 1)
-            rates = [group["lr"] for group in optimizer.param_groups]
-            for group in optimizer.param_groups:
-                group["lr"] *= left
-            optimizer.step()                                                    # Eq. (4), in its stage
-            for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate
-            if generic is not None:
-                net.set_generic_dictionary(generic)
-            discriminators.requires_grad_(True)
-            with common.autocast(device):                                       # discriminators
-                scores = forward_d(torch.cat([target, restored.detach()]))
-                losses["discriminator"] = discriminator_loss(*zip(*(score.chunk(2) for score in scores)))
-            optimizer_d.zero_grad(set_to_none=True)
-            losses["discriminator"].backward()
-            optimizer_d.step()
-            last = step == cfg.steps or step % cfg.validate_every == 0
-            if last or step % 10 == 0:                                # the only place that waits for the GPU
-                values = {name: loss.item() for name, loss in losses.items()}
-                if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-                    raise InputError(f"step {step}: the {', '.join(bad)} loss is not finite; the last good "
-                                     f"state is in {args.checkpoint}; try a lower learning rate")
-                rows.append({"step": step, **values})
-                progress.update(step, "  ".join(f"{name} {value:.3f}" for name, value in values.items()))
-            if last:
-                reconstruction, quality = validate(net, encoder, faces, common.spread(validation, 32), cfg,
-                                                   device, stage)
-                if not math.isfinite(reconstruction):
-                    raise InputError(f"step {step}: the validation loss is not finite; the last good state "
-                                     f"is in {args.checkpoint}")
-                schedule.step(reconstruction)
-                optimizer_d.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
-                rows[-1] |= {"stage": stage, "validation": reconstruction, "validation_psnr": quality,
-                             "rate": rates[0] * left}
-                if rank == 0:
-                    progress.line(f"step {step}: validation reconstruction {reconstruction:.3f}, "
-                                  f"PSNR {quality:.2f} dB")
-                    common.save_checkpoint(args.checkpoint, {
-                        "script": SCRIPT, "config": asdict(cfg), "step": step, "rows": rows,
-                        **{name: part.state_dict() for name, part in parts.items()}})
-                    common.write_log(out, rows)
-        if rank == 0:
-            progress.close()
-            finish(net, faces, test, cfg, args, device, time.monotonic() - begin)
+    """Train on args.data, write the run into args.folder; see Config for every number."""
+    cfg = replace(cfg, stage_ends=stage_ends(cfg))
+    faces = common.load_faces(args, cfg.size)
+    people, validation, test = common.split_identities(faces)
+    encoder = common.load_encoder(cfg.encoder, args, faces)
+    data = Batches(faces, people, cfg)
+
+    torch.manual_seed(cfg.seed)
+    net = common.channels_last(DMDNet(cfg), args.device)
+    memory = common.channels_last(GenericMemory(cfg), args.device)
+    discriminators = Discriminators(cfg.discriminator_width)
+    discriminators.to(args.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(parameter_groups(net, memory), betas=cfg.betas, fused=True)
+    optimizer_d = torch.optim.Adam(discriminators.parameters(), betas=cfg.betas, fused=True)
+    run = common.Run(SCRIPT, cfg, args, faces, {"encoder": encoder}, net=net, memory=memory,
+                     discriminators=discriminators, optimizer=optimizer, optimizer_d=optimizer_d,
+                     run_id=args.state["run_id"] if args.resume else uuid.uuid4().hex)
+    forward, forward_m = common.parallel(net, memory, find_unused=True)
+    forward_d, = common.parallel(discriminators)
+
+    for step, batch in run.batches(data):
+        stage = begin_stage(step, run, net, memory, data, optimizer)
+        common.set_rate(cfg.rate(step) * run.factor, optimizer, optimizer_d)
+
+        # Generator
+        discriminators.requires_grad_(False)
+        with common.autocast(args.device, args.precision):
+            generic = None if stage > 1 else forward_m(                 # Eq. (2) or (3)
+                net.generic_dictionary(), batch["sharp"], batch["sharp_boxes"],
+                batch.get("places"))
+            restored = forward(batch["degraded"], batch["boxes"], batch["references"],
+                               batch["reference_boxes"], batch["owner"], generic)
+            features = encoder.features(restored), encoder.features(batch["target"])
+            losses = {**reconstruction_losses(restored, batch["target"], *features, cfg),
+                      **photo_realistic_losses(*features, discriminators(restored), cfg)}
+        optimizer.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()                                 # Eq. (18)
+        if cfg.clip is not None:
+            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.clip)
+        optimizer.step()                                        # on the items: Eq. (4)
+        if generic is not None:
+            net.set_generic_dictionary(generic)
+
+        # Discriminators
+        discriminators.requires_grad_(True)
+        with common.autocast(args.device, args.precision):
+            real = forward_d(batch["target"])
+            fake = forward_d(restored.detach())
+            losses["discriminator"] = discriminator_loss(real, fake)    # Eq. (15)
+        optimizer_d.zero_grad(set_to_none=True)
+        losses["discriminator"].backward()
+        optimizer_d.step()
+
+        run.log(step, losses)
+        if run.due(step):
+            run.save(step, validate(net, encoder, faces, validation, cfg, stage))
+
+    test = common.spread(test, cfg.tested)
+    common.report(run, evaluate(net, faces, test, cfg, args), samples(net, faces, test, cfg))
 
 
 @torch.inference_mode()
-def validate(net, encoder, faces, indices, cfg, device, stage):
-    """Reconstruction loss (Eq. 13) and PSNR in dB on held-out faces, always degraded alike; with references
-    but in the first stage, which has none."""
-    totals, name = torch.zeros(2), 0 if stage == 0 else "restored"
-    for batch in restored_batches(net, faces, indices, cfg, device, None, [0] if stage == 0 else []):
-        restored, target = batch[name], batch["target"]
+def validate(net, encoder, faces, indices, cfg, stage):
+    """Reconstruction loss, Eq. (13), and PSNR in dB on held-out faces, degraded alike;
+    without references in the first stage."""
+    device = next(net.parameters()).device
+    cfg = cfg if stage > 0 else replace(cfg, references=0)
+    indices = common.spread(indices, cfg.validated)
+    loss, quality = 0.0, 0.0
+    for batch in restored_batches(net, faces, indices, cfg, None):
+        restored, target = batch["restored"].to(device), batch["target"].to(device)
         with common.autocast(device):
-            a, b = (encoder.features(x.to(device)) for x in (restored, target))
-        loss = (cfg.weight_pixel * pixel_loss(restored, target)
-                + cfg.weight_perceptual * perceptual_loss(a, b).cpu())
-        totals += torch.stack([loss * len(target), common.psnr(restored, target).sum()])
-    return (totals / len(indices)).tolist()
+            features = encoder.features(restored), encoder.features(target)
+            losses = reconstruction_losses(restored, target, *features, cfg)
+        loss += sum(losses.values()).item() * len(target)
+        quality += common.psnr(restored, target).sum().item()
+    return {"validation": loss / len(indices), "validation_psnr": quality / len(indices)}
 
 
-def finish(net, faces, test, cfg, args, device, seconds):
-    """Measure on held-out people; write result.json, samples.png (at ×4) and readings.png; print the tables
-    and what was written."""
-    out, net = Path(args.out), net.eval()
-    result = {"script": SCRIPT, "variant": cfg.variant, "preset": cfg.preset,
-              "data": str(args.data or "rendered"), "size": cfg.size,
-              "steps": cfg.steps, "seconds": round(seconds, 1),
-              "test": evaluate(net, faces, common.spread(test, 128), cfg, device, args.precision)}
-    common.write_json(out / "result.json", result)
-    batch = next(restored_batches(net, faces, common.spread(test, 6), cfg, device, 4,
-                                  precision=args.precision))
-    columns = {"degraded": batch["degraded"]}
+def samples(net, faces, indices, cfg):
+    """Pictures of six held-out faces, degraded ×4."""
+    batch = next(restored_batches(net, faces, common.spread(indices, 6), cfg, 4))
+    shown = {"degraded": batch["degraded"]}
     if len(batch["references"]):
-        columns["a reference"] = torch.stack([
-            batch["references"][batch["owner"] == k][0] if (batch["owner"] == k).any()
-            else torch.ones_like(target) for k, target in enumerate(batch["target"])])
-        draw_readings(out / "readings.png", net, batch)
-    common.write_image(out / "samples.png", common.comparison_grid(
-        columns | {"restored": batch["restored"], "target": batch["target"]}))
-    common.print_table(result["test"])
-    print_references(result["test"])
-    written = [name for name in ("checkpoint.pt", "config.json", "log.csv", "curves.png", "samples.png",
-                                 "readings.png", "result.json") if (out / name).is_file()]
-    print(f"\n{out}: {', '.join(written)}")
+        shown["a reference"] = torch.ones_like(batch["target"])        # white without any
+        for face, reference in zip(batch["owner"].tolist(), batch["references"]):
+            shown["a reference"][face] = reference
+    shown |= {"restored": batch["restored"], "target": batch["target"]}
+    return {"samples.png": common.comparison_grid(shown)}
 
 
-def print_references(table):
-    """What each number of references restores: a row a task and number."""
-    for task, row in table.items():
-        for count, values in row.get("references", {}).items():
-            print(f"{task}, {count:>2} references: " + ", ".join(
-                f"{name} {value:.{digits}f}" for (name, value), digits in zip(values.items(), (2, 4, 1))))
-
-
-def draw_readings(path, net, batch):
-    """readings.png, a row a face: degraded, its references, each with the weights that eyes, nose and mouth
-    give it at the finest scale (Eq. 7), and restored, with the mean identity score (Eq. 8) of each."""
-    readings = net.readings.get(f"scale{min(net.cfg.scales)}", {})
-    owner, count = batch["owner"], len(batch["target"])
-    widest = max((owner == k).sum().item() for k in range(count))
-    figure = matplotlib.figure.Figure(figsize=(1.7 * (2 + widest), 2.3 * count), layout="constrained")
-    axes = figure.subplots(count, 2 + widest, squeeze=False)
-
-    def show(axis, image, title):
-        axis.imshow(common.to_uint8(image).permute(1, 2, 0).numpy())
-        axis.set_title(title, fontsize=7)
-
-    def each(values):
-        return "\n".join(f"{part.replace('_', ' ')} {value:.2f}".replace("left eye", "eyes")
-                         for part, value in values.items() if part != "right_eye")
-
-    for face, row in enumerate(axes):
-        show(row[0], batch["degraded"][face], "degraded")
-        for axis, item in zip(row[1:], torch.nonzero(owner == face)[:, 0].tolist()):
-            show(axis, batch["references"][item], each(
-                {part: read["specific"][face, item] for part, read in readings.items()}))
-        scores = {part: read["identity"][face].mean()
-                  for part, read in readings.items() if "identity" in read}
-        show(row[-1], batch["restored"][face], f"identity score:\n{each(scores)}" if scores else "restored")
-        for axis in row:
-            axis.axis("off")
-    with common.replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=90)
-
-
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 7. Restoration
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
-@torch.inference_mode()
 def specific_dictionary(net, references, landmarks, batch=8, precision="auto"):
-    """Eq. (6): sharp faces of a person (N,3,size,size), landmarks (N,68,2) → their dictionary, on the
-    network's device. Adding a reference adds an item, and needs no training."""
+    """Eq. (6): sharp faces (N,3,size,size) of a person, landmarks (N,68,2) → the person's
+    dictionary, on the network's device. Another picture adds an item and no training."""
     if net.extract_specific is None:
-        raise InputError(f"a network of --variant {net.cfg.variant} has no specific dictionary; restore "
-                         "without references")
-    device, chunks = next(net.parameters()).device, []
-    boxes = component_boxes(landmarks, net.cfg)
-    for start in range(0, len(references), batch):
-        part = slice(start, start + batch)
-        with common.autocast(device, precision):
-            chunks.append(net.extract_specific(
-                references[part].to(device, memory_format=torch.channels_last), boxes[part].to(device)))
-    return {name: tuple(torch.cat(items) for items in zip(*(chunk[name] for chunk in chunks)))
-            for name in chunks[0]}
+        raise InputError(f"a network of --variant {net.cfg.variant} has no specific "
+                         "dictionary; restore without references")
+    boxes = net.boxes(landmarks)
+    with common.inference(net, precision) as device:
+
+        def some(part):
+            images = references[part].to(device, memory_format=torch.channels_last)
+            dictionary = net.extract_specific(images, boxes[part].to(device))
+            return [tensor for items in dictionary.values() for tensor in items]
+
+        tensors = iter(common.in_batches(some, len(references), batch))
+        return {name: (next(tensors), next(tensors))
+                for name in net.extract_specific.keys}
 
 
-@torch.inference_mode()
-def restore(net, degraded, landmarks, specific=None, owner=None, batch=8, precision="auto"):
-    """Restore faces: degraded (N,3,size,size) in [-1,1], landmarks (N,68,2), the specific dictionary of
-    their person, or one of all their persons' references with the face `owner` (M,) of each → restored
-    (N,3,size,size) in [-1,1], on the CPU. Out of GPU memory, the batch is halved; a line says so."""
-    device, results, start = next(net.parameters()).device, [], 0
-    boxes = component_boxes(landmarks, net.cfg)
-    training = net.training
-    net.eval()
-    while start < len(degraded):
-        part, items, owned = slice(start, start + batch), specific, None
-        if owner is not None:
-            mine = (owner >= start) & (owner < start + batch)
-            owned = (owner[mine] - start).to(device)
-            items = {name: (keys[mine], values[mine]) for name, (keys, values) in specific.items()}
-        try:
-            with common.autocast(device, precision):
-                images = degraded[part].to(device, memory_format=torch.channels_last)
-                restored = net(images, boxes[part].to(device), specific=items, owner=owned)
-                results.append(restored.float().clamp(-1, 1).cpu())
-            start += batch
-        except torch.cuda.OutOfMemoryError:
-            if batch == 1:
-                raise InputError("not enough GPU memory for one face; use --device cpu or a smaller "
-                                 "--size") from None
-            batch //= 2
-            print(f"out of GPU memory: going on with {batch} faces at a time", file=sys.stderr)
-    net.train(training)
-    return torch.cat(results)
+def restore(net, degraded, landmarks, specific=None, owner=None, batch=8,
+            precision="auto"):
+    """Restore faces: degraded (N,3,size,size) in [-1,1], landmarks (N,68,2) → the same
+    shape in [-1,1], on the CPU. specific: the dictionary of their person, or of all their
+    people, with the `owner` (M,) of each item."""
+    boxes = net.boxes(landmarks)
+    with common.inference(net, precision) as device:
+
+        def some(part):
+            images = degraded[part].to(device, memory_format=torch.channels_last)
+            whose = None if owner is None else owner.to(device) - part.start
+            restored = net.read_and_paint(images, boxes[part].to(device), specific, whose)
+            return restored.float().clamp(-1, 1).cpu()
+
+        return common.in_batches(some, len(degraded), batch)
 
 
-def restored_batches(net, faces, indices, cfg, device, scale, counts=(), batch=16, precision="auto"):
-    """Held-out faces in batches, by name: degraded, target, references (M,3,H,W) with their owner (M,),
-    restored with all of these, and by each number in `counts` restored with so many of each face's. All by
-    (seed, scale, place) alone."""
+def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto"):
+    """Held-out faces in batches, {"degraded", "restored", "target"} and their references
+    (M,3,H,W) with owner (M,), degraded by (seed, scale, place) alone."""
     for start in range(0, len(indices), batch):
-        sets = [with_references(faces, i, cfg.references, common.seeded(cfg.seed, 5, i))
-                for i in indices[start:start + batch]]
-        target, landmarks = (torch.stack([x[k][0] for x in sets]) for k in (0, 1))
-        references, points = (torch.cat([x[k][1:] for x in sets]) for k in (0, 1))
-        owner = torch.tensor([face for face, x in enumerate(sets) for _ in x[0][1:]], dtype=torch.long)
-        number = torch.tensor([k for x in sets for k in range(len(x[0]) - 1)], dtype=torch.long)
+        people, owner = [], []
+        for face, i in enumerate(indices[start:start + batch]):
+            generator = common.seeded(cfg.seed, 5, i)
+            people.append(with_references(faces, i, cfg.references, generator))
+            owner += [face] * (len(people[-1][0]) - 1)
+        target = torch.stack([images[0] for images, _ in people])
+        landmarks = torch.stack([points[0] for _, points in people])
+        references = torch.cat([images[1:] for images, _ in people])
+        owner = torch.tensor(owner, dtype=torch.long)
+        specific = None
+        if len(references):
+            points = torch.cat([points[1:] for _, points in people])
+            specific = specific_dictionary(net, references, points, batch, precision)
         generator = common.seeded(cfg.seed, 4, scale or 0, start)
-        degraded = common.degrade(target, common.DEGRADATIONS[cfg.degradation], generator, scale)
-        specific = (specific_dictionary(net, references, points, batch, precision) if len(references)
-                    else None)
-        results = {"degraded": degraded, "target": target, "references": references, "owner": owner}
-        for count in (*counts, "restored"):
-            taken = number < (len(number) if count == "restored" else count)
-            items = {name: (keys[taken], values[taken]) for name, (keys, values) in (specific or {}).items()}
-            results[count] = restore(net, degraded, landmarks, items if taken.any() else None,
-                                     owner[taken] if taken.any() else None, batch, precision)
-        yield results
+        degradation = common.DEGRADATIONS[cfg.degradation]
+        degraded = common.degrade(target, degradation, generator, scale)
+        restored = restore(net, degraded, landmarks, specific, owner, batch, precision)
+        yield {"degraded": degraded, "restored": restored, "target": target,
+               "references": references, "owner": owner}
 
 
-def evaluate(net, faces, indices, cfg, device, precision="auto"):
-    """The paper's ×4, ×8 on held-out faces → "test" of result.json: PSNR dB, SSIM, identity in degrees, of
-    the input, of the face restored with all references, and with none or one of them."""
-    judge = common.recogniser(faces, "metric")
-    table, counts = {}, [count for count in (0, 1) if count < cfg.references]
-    for scale in (4, 8):
-        columns = {name: [] for name in ("degraded", "restored", *counts)}
-        for batch in restored_batches(net, faces, indices, cfg, device, scale, counts,
-                                      precision=precision):
-            for name, column in columns.items():
-                column.append(torch.stack([metric(batch[name], batch["target"]) for metric in (
-                    common.psnr, common.ssim, lambda *pair: common.identity_distance(judge, *pair))]))
-        values = {name: torch.cat(column, 1) for name, column in columns.items()}
-        means = {name: dict(zip(("psnr", "ssim", "identity"), value.mean(1).tolist()))
-                 for name, value in values.items()}
-        table[f"x{scale}"] = {
-            "faces": len(indices), "input": means["degraded"], "restored": means["restored"],
-            "paired_psnr_gain": common.paired_gain(values["restored"][0], values["degraded"][0], cfg.seed)}
-        if counts:
-            table[f"x{scale}"]["references"] = {
-                **{str(count): means[count] for count in counts}, str(cfg.references): means["restored"]}
+def evaluate(net, faces, indices, cfg, args):
+    """The paper's ×4 and ×8 and random scales on held-out faces → "test" of result.json.
+
+    Restored with all references of each face, and in another column without any.
+    """
+    metrics = common.metrics(faces, args)
+    fid = common.load_fid(args)
+    alone = replace(cfg, references=0)
+    table = {}
+    for task, scale in common.TASKS.items():
+        batches = restored_batches(net, faces, indices, cfg, scale,
+                                   precision=args.precision)
+        table[task] = common.measure(batches, metrics, fid=fid)
+        if cfg.references:
+            batches = restored_batches(net, faces, indices, alone, scale,
+                                       precision=args.precision)
+            without = common.measure(batches, metrics, fid=fid)
+            table[task]["without_references"] = without["restored"]
     return table
 
 
 def for_restoration(net, device, precision="auto"):
-    """The network made ready to restore with, once; it cannot be trained any more: see common.for_inference.
-    A stored dictionary is of the extractor's own weights, whatever the precision: those stay as they are,
-    and so do those of the transforms, which work in float32."""
-    return common.for_inference(net, device, precision, exact=("extract_specific", "transforms"))
+    """The network made ready to restore with, for good: see common.for_inference.
+
+    Θ_spe stays as it is, so that a stored dictionary fits at every precision; so do the
+    transforms, which work in float32.
+    """
+    exact = "extract_specific", "transforms"
+    return common.for_inference(net, device, precision, exact)
 
 
-def benchmark(net, cfg, args, device):
-    """Time restore() on --batch faces of noise (what a picture shows does not change the speed) with the
-    generic dictionary, then also with a person's stored one of eight references, and making that one."""
-    count = args.batch or 1
-    images = torch.rand(count + 8, 3, cfg.size, cfg.size, generator=common.seeded(args.seed or 0, 7)) * 2 - 1
-    points = common.mean_landmarks(cfg.size).expand(count + 8, -1, -1)
-    (degraded, references), (landmarks, theirs) = images.split((count, 8)), points.split((count, 8))
-
-    def report(title, call, images):
-        print(f"{title}: ", end="")
-        common.benchmark(call, images, device, args.precision)
-
-    report("generic dictionary", lambda: restore(
-        net, degraded, landmarks, None, None, count, args.precision), count)
-    if net.extract_specific is not None:
-        specific = specific_dictionary(net, references, theirs, 8, args.precision)
-        report("and a stored one of 8 references", lambda: restore(
-            net, degraded, landmarks, specific, None, count, args.precision), count)
-        report("making that of 8 references", lambda: specific_dictionary(
-            net, references, theirs, 8, args.precision), 8)
+def load_network(args):
+    """The network of the checkpoint, and its Config."""
+    cfg = common.recorded_config(args, Config)
+    net = DMDNet(cfg)
+    common.load_part(net, args.state, "net")
+    return net, cfg
 
 
-def load_network(args, device):
-    """The network of --checkpoint, and its Config. Spectral norm is folded in."""
-    state = common.load_checkpoint(args.checkpoint, SCRIPT, device)
-    cfg = Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in state["config"].items()})
-    if args.preset and args.preset != cfg.preset:
-        raise InputError(f"{args.checkpoint}: a checkpoint of --preset {cfg.preset}, not {args.preset}")
-    net = common.channels_last(DMDNet(cfg), device)
-    net.load_state_dict(state["net"])
-    return common.fold(net.eval()), cfg
+def person_of(net, args):
+    """The specific dictionary of the person of --reference or --dictionary; None without.
+
+    A stored one fits the network that made it: a run at its step, or the authors'.
+    """
+    maker = "released"
+    if args.state is not None:
+        maker = f"{args.state['run_id']}, step {args.state['step']}"
+    if args.dictionary is not None:
+        advice = "make one with --save-dictionary and this network"
+        state = common.load_weights(args.dictionary, args.device, advice)
+        if not isinstance(state, dict) or state.get("maker") != maker:
+            raise InputError(f"{args.dictionary}: not a dictionary that this network made; "
+                             f"{advice}")
+        return state["dictionary"]
+    if args.reference is None:
+        return None
+    size = net.cfg.size
+    references, landmarks, files = common.read_references(args.reference, size, args)
+    specific = specific_dictionary(net, references, landmarks, precision=args.precision)
+    print(f"guided by {len(files)} pictures: {', '.join(map(str, files))}")
+    if args.save_dictionary is not None:
+        stored = {"maker": maker, "dictionary": specific}
+        common.save_checkpoint(args.save_dictionary, stored)
+    return specific
 
 
-def extractor_hash(net):
-    """A number for the weights of F_spe, which a stored dictionary fits and no others."""
-    weights = net.extract_specific.state_dict().values()
-    return hashlib.sha256(b"".join(w.float().cpu().numpy().tobytes() for w in weights)).hexdigest()
-
-
-def save_dictionary(path, net, dictionary, names):
-    """Store a person's specific dictionary, its pictures' names, and which network made it."""
-    common.save_checkpoint(path, {"script": f"{SCRIPT} --save-dictionary", "network": extractor_hash(net),
-                                  "names": [str(name) for name in names], "dictionary": {
-                                      name: [item.cpu() for item in items]
-                                      for name, items in dictionary.items()}})
-    print(f"{path}: {len(names)} references")
-
-
-def load_dictionary(path, net, device):
-    """A person's dictionary, for the network that made it."""
-    state = common.load_weights(path, device)
-    if not isinstance(state, dict) or state.get("script") != f"{SCRIPT} --save-dictionary":
-        raise InputError(f"{path}: not a person's dictionary; make one with --save-dictionary")
-    if net.extract_specific is None or state["network"] != extractor_hash(net):
-        raise InputError(f"{path}: made by another network; make it again with --save-dictionary and this "
-                         "checkpoint")
-    return {name: tuple(items) for name, items in state["dictionary"].items()}
-
-
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 8. Command line
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-
-    def refuse(message):
-        raise InputError(f"{message}; --help lists the options")
-
-    def positive(text):
-        if not text.isdecimal() or int(text) == 0:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-        return int(text)
-
-    def natural(text):
-        if not text.isdecimal():
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
-        return int(text)
-
-    parser.error = refuse
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--train", action="store_true", help="train, then measure on held-out identities")
-    action.add_argument("--evaluate", action="store_true",
-                        help="measure a trained network on held-out identities")
-    action.add_argument("--restore", metavar="PATH", help="restore a picture, or every picture of a folder")
-    action.add_argument("--benchmark", action="store_true", help="time restoration: images/s, peak memory, "
-                                                                 "share of a matrix product's speed")
-    action.add_argument("--save-dictionary", metavar="FILE",
-                        help="store the specific dictionary of the person of --reference")
+    parser = common.arguments(__doc__, PRESETS, VARIANTS)
+    common.add_fid(parser)
     parser.add_argument("--reference", metavar="PATH",
-                        help="for --restore: a folder of sharp pictures of the same person, or one")
+                        help="sharp pictures of the same person, a folder or one")
+    parser.add_argument("--save-dictionary", metavar="FILE",
+                        help="store the dictionary of the person of --reference")
     parser.add_argument("--dictionary", metavar="FILE",
-                        help="for --restore: the same person's dictionary, stored by --save-dictionary")
-    parser.add_argument("--data", metavar="DIR",
-                        help="a folder of one folder per identity (default: rendered faces)")
-    parser.add_argument("--preset", choices=PRESETS,
-                        help="tiny (default): minutes on a CPU; paper: the paper's sizes and schedule")
-    parser.add_argument("--variant", choices=VARIANTS, help="an ablation row of the paper's Table 3")
-    parser.add_argument("--resume", action="store_true",
-                        help="go on exactly where the last checkpoint stopped")
-    parser.add_argument("--size", type=positive, help="pixels, a multiple of 16")
-    parser.add_argument("--steps", type=positive, help="training steps")
-    parser.add_argument("--batch", type=positive, help="faces a step and process")
-    parser.add_argument("--seed", type=natural, help="fixes data, initialisation and order (default 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-                        help="of restoration: auto is bfloat16 where the processor gains and the result "
-                             "stays the same to the eye")
-    parser.add_argument("--workers", type=natural, default=0,
-                        help="processes that read and degrade images (default 0)")
-    parser.add_argument("--out", metavar="DIR", help=f"the run's folder (default runs/{SCRIPT}), or where "
-                                                     "restored pictures go (restored)")
-    parser.add_argument("--checkpoint", metavar="FILE", help="default: the run's own")
-    parser.add_argument("--weights", metavar="FILE",
-                        help="for --restore and --save-dictionary: the authors' DMDNet.pth, a file or its "
-                             "address (https://…)")
-    parser.add_argument("--vggface", metavar="FILE", help="VGG-Face weights, for --preset paper's losses")
-    parser.add_argument("--landmarks", metavar="DIR",
-                        help="a parallel folder of landmark files photo.jpg.txt")
-    parser.add_argument("--aligned", action="store_true",
-                        help="pictures are FFHQ-aligned crops; no landmarks needed")
-    parser.add_argument("--overwrite", action="store_true", help="restore pictures again that have a result")
-    parser.add_argument("--check", action="store_true",
-                        help="also write the input with its landmarks and component boxes")
-    args = parser.parse_args(argv)
-    run = Path("runs") / (SCRIPT if args.variant in (None, "full") else f"{SCRIPT}-{args.variant}")
-    training = args.train or args.evaluate
-    if training:
-        run = Path(args.out or run)
-    args.out = args.out or (run if training else "restored")
-    if args.weights is not None:
-        for name in ("train", "evaluate", "checkpoint", "preset", "variant", "resume", "size"):
-            if getattr(args, name):
-                raise InputError(f"--weights and --{name} do not go together: --weights is the authors' "
-                                 "network, to restore with")
-    fresh = args.benchmark and args.checkpoint is None and args.weights is None
-    if args.train and args.precision != "auto":
-        raise InputError("--precision and --train do not go together: it is of restoration; training takes "
-                         "bfloat16 where the processor gains")
-    if args.benchmark and args.size and not fresh:
-        raise InputError("--size and --checkpoint do not go together in --benchmark: a trained network has "
-                         "its size")
-    args.checkpoint = args.checkpoint or run / "checkpoint.pt"
-    device = common.choose_device(args.device)
-
-    if args.train or fresh:
-        chosen = {name: getattr(args, name) for name in ("size", "steps", "batch", "seed")
-                  if getattr(args, name) is not None}
-        if args.train and args.resume:
-            _, cfg = load_network(args, torch.device("cpu"))
-            if (args.variant or cfg.variant) != cfg.variant:
-                raise InputError(f"{args.checkpoint}: a checkpoint of --variant {cfg.variant}, "
-                                 f"not {args.variant}")
-            if fixed := [name for name, value in chosen.items()
-                         if name != "steps" and value != getattr(cfg, name)]:
-                raise InputError(f"--resume goes on with the run as it began; --{fixed[0]} cannot change")
-            cfg = replace(cfg, steps=chosen.get("steps", cfg.steps))
-        else:
-            preset, variant = args.preset or "tiny", args.variant or "full"
-            if preset == "released" and variant != "full":
-                raise InputError("--variant: the paper's ablations are of its own network, not of "
-                                 "--preset released")
-            cfg = replace(PRESETS[preset], variant=variant, **VARIANTS[variant], **chosen)
-        if cfg.size % 16 or cfg.size < 64:
-            raise InputError(f"--size {cfg.size}: must be a multiple of 16, at least 64")
+                        help="the same person's dictionary, stored by --save-dictionary")
+    args = common.parse(parser, argv, SCRIPT)
+    if args.reference and args.dictionary:
+        raise InputError("--reference or --dictionary, not both: a dictionary stands for "
+                         "its pictures")
+    if args.save_dictionary and not args.reference:
+        raise InputError("--save-dictionary wants --reference: pictures of a person")
     if args.train:
+        cfg = common.chosen_config(args, PRESETS, VARIANTS)
+        common.check_size(cfg.size, 16)
         train(cfg, args)
         return 0
-    if fresh:
-        torch.manual_seed(cfg.seed)
-        net = DMDNet(cfg)
-    elif args.weights is not None:
+
+    if args.weights:
         net, cfg = load_official(args.weights), RELEASED
     else:
-        net, cfg = load_network(args, device)
-    net = for_restoration(net, device, args.precision)
-    if args.benchmark:
-        benchmark(net, cfg, args, device)
-        return 0
+        net, cfg = load_network(args)
+    net = for_restoration(net, args.device, args.precision)
     if args.evaluate:
-        faces = load_faces(cfg, args)
-        test = common.split_identities(faces)[2]
-        finish(net, faces, test, cfg, args, device, 0.0)
+        faces = common.load_faces(args, cfg.size)
+        test = common.test_faces(faces, args, cfg.tested)
+        run = common.Run(SCRIPT, cfg, args, faces)
+        common.report(run, evaluate(net, faces, test, cfg, args),
+                      samples(net, faces, test, cfg))
         return 0
-    options = {"aligned": args.aligned, "landmarks": args.landmarks, "device": device}
-    specific = None
-    if args.reference is not None and args.dictionary is not None:
-        raise InputError("--reference or --dictionary, not both: the dictionary stands for its pictures")
-    if args.dictionary is not None:
-        specific = load_dictionary(args.dictionary, net, device)
-    if args.reference is not None:
-        references, points, names = common.read_references(args.reference, cfg.size, **options)
-        specific = specific_dictionary(net, references, points, precision=args.precision)
-        print(f"guided by {len(names)} pictures: {', '.join(map(str, names))}")
-    if args.save_dictionary is not None:
-        if args.reference is None:
-            raise InputError("--save-dictionary wants --reference: a folder of sharp pictures of a person")
-        save_dictionary(args.save_dictionary, net, specific, names)
-        return 0
-    failures = common.restore_files(
-        args.restore, args.out, cfg.size,
-        lambda crops, landmarks, file: restore(net, crops, landmarks, specific,
-                                               precision=args.precision),
-        overwrite=args.overwrite, check=args.check, **options)
-    return 1 if failures else 0
+    person = person_of(net, args)
+
+    def restore_crops(crops, landmarks, file):
+        return restore(net, crops, landmarks, person, precision=args.precision)
+
+    return 1 if common.restore_files(args, cfg.size, restore_crops) else 0
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 9. Released network
-# -----------------------------------------------------------------------------------------------------------
-# What the authors' published weights were trained as differs from the paper: the nose is left out, boxes are
-# cut at whole features instead of RoIAlign, later components go over earlier ones, d of Eq. (7) is the
-# number of items, and what is read is brought to the component's statistics by AdaIN before Eq. (9).
+# --------------------------------------------------------------------------------------
+# What the authors' published weights were trained as differs from the paper: the nose is
+# left out, boxes are cut at whole features instead of RoIAlign, later components go over
+# earlier ones, d of Eq. (7) is the number of items, and what is read is brought to the
+# component's statistics by AdaIN before Eq. (9).
 
 def released_boxes(landmarks):
-    """component_boxes as the authors have them: brows belong to the eyes; (B,68,2) in pixels of a 512×512
-    image → (B,4,4), whole pixels."""
-    points, boxes = landmarks.clamp(8, 504), []
-    eyes = [(points[:, slice(*eye)].mean(1), torch.cat([points[:, slice(*brow)], points[:, slice(*eye)]], 1))
-            for eye, brow in (((36, 42), (17, 22)), ((42, 48), (22, 27)))]
-    tops = [1.3 * (centre[:, 1] - group[..., 1].amin(1)) for centre, group in eyes]
+    """The authors' boxes: (B,68,2) in pixels of 512×512 → (B,4,4), whole pixels."""
+    points = landmarks.clamp(8, 504)
+
+    def box(centre, above, below):
+        half = (above + below) / 2
+        x, y = centre.unbind(1)
+        return torch.stack([x - half + 1, y - above + 1, x + half, y + below], 1)
+
+    def eye(those, brow):
+        centre = those.mean(1)
+        top = torch.cat([those, brow], 1)[..., 1].amin(1)
+        above = 1.3 * (centre[:, 1] - top)
+        return box(centre, above, above / 1.9)
+
     nose = points[:, 29:36].mean(1)
-    half = 1.25 * torch.maximum(nose[:, 0] - points[:, 31, 0], points[:, 35, 0] - nose[:, 0])
+    left, right = nose[:, 0] - points[:, 31, 0], points[:, 35, 0] - nose[:, 0]
+    width = 2.5 * torch.maximum(left, right)
     below = 1.1 * (points[:, 33, 1] - nose[:, 1])
-    for centre, top, bottom in ((eyes[0][0], tops[0], tops[0] / 1.9), (eyes[1][0], tops[1], tops[1] / 1.9),
-                                (nose, 2 * half - below, below)):
-        half = (top + bottom) / 2
-        boxes.append(torch.stack([centre[:, 0] - half + 1, centre[:, 1] - top + 1, centre[:, 0] + half,
-                                  centre[:, 1] + bottom], 1))
+
     mouth = points[:, 48:]
-    centre, half = mouth.mean(1), (mouth.amax(1) - mouth.amin(1)).amax(1, keepdim=True) / 2
-    half = 1.1 * half.clamp(min=16)
-    boxes.append(torch.cat([centre - half + 1, (centre + half).clamp(max=510)], 1))
-    return torch.stack(boxes, 1).trunc()
+    extent = (mouth.amax(1) - mouth.amin(1)).amax(1)
+    half = 1.1 * (extent / 2).clamp(min=16)
+    mouth_box = box(mouth.mean(1), half, half)
+    mouth_box[:, 2:].clamp_(max=510)
+    return torch.stack([eye(points[:, 36:42], points[:, 17:22]),
+                        eye(points[:, 42:48], points[:, 22:27]),
+                        box(nose, width - below, below), mouth_box], 1).trunc()
 
 
 def whole_corners(box, stride, side):
-    """Boxes (B,4) in pixels → [x1, y1, x2, y2] in whole features of a side×side map, at least one each."""
+    """Boxes (B,4) in pixels → [[x1, y1, x2, y2], …] in whole features, at least one."""
     low = (box[:, :2].long() // stride).clamp(0, side - 1)
-    high = torch.maximum((box[:, 2:].long() // stride).clamp(max=side), low + 1)
-    return torch.cat([low, high], 1).tolist()
+    high = (box[:, 2:].long() // stride).clamp(max=side)
+    return torch.cat([low, torch.maximum(high, low + 1)], 1).tolist()
 
 
 def cut_components(features, boxes, stride, sizes):
-    """crop_components by slices at whole features and bilinear resampling; one sample and part at a time, as
-    every box has its own size."""
-    return [torch.cat([
-        F.interpolate(features[k:k + 1, :, y1:y2, x1:x2].float(), (size, size), mode="bilinear")
-        for k, (x1, y1, x2, y2) in enumerate(whole_corners(boxes[:, index], stride, features.shape[-1]))])
-        for index, size in enumerate(sizes)]
+    """crop_components at whole features: slices, resampled one by one."""
+    parts = []
+    for box, size in zip(boxes.unbind(1), sizes):
+        cut = []
+        corners = whole_corners(box, stride, features.shape[-1])
+        for k, (x1, y1, x2, y2) in enumerate(corners):
+            piece = features[k:k + 1, :, y1:y2, x1:x2].float()
+            cut.append(F.interpolate(piece, (size, size), mode="bilinear"))
+        parts.append(torch.cat(cut))
+    return parts
 
 
 def adain(reading, part):
-    """(F̃ − μ(F̃)) / σ(F̃) · σ(F^d) + μ(F^d), over the positions of each channel; (B,C,n,n)."""
-    (deviation, mean), (own_deviation, own_mean) = (
-        ((x.var((2, 3), keepdim=True) + 1e-5).sqrt(), x.mean((2, 3), keepdim=True)) for x in (reading, part))
+    """(F̃ − μ(F̃)) / σ(F̃) · σ(F^d) + μ(F^d), each channel by itself; (B,C,n,n)."""
+    def statistics(x):
+        variance, mean = torch.var_mean(x, (2, 3), keepdim=True)
+        return mean, (variance + 1e-5).sqrt()
+
+    mean, deviation = statistics(reading)
+    own_mean, own_deviation = statistics(part)
     return (reading - mean) / deviation * own_deviation + own_mean
+
+
+class ReleasedExtractor(MemoryExtractor):
+    crop = staticmethod(cut_components)
 
 
 class ReleasedTransform(DictionaryTransform):
     """DictionaryTransform with whole-feature boxes, √items in Eq. (7), and AdaIN."""
 
-    def read(self, part, component, generic, specific, allowed):
-        query, name = self.query[part](component), f"scale{self.scale}_{part}"
-        reading, weights = read_dictionary(query, *generic[name], math.sqrt(self.cfg.items))
+    def read(self, component, part, generic, specific, allowed):
+        query = self.query[component](part)
+        reading, weights = read_dictionary(query, *generic, math.sqrt(self.cfg.items))
         read = {"generic": weights}
         if specific is not None:
             root = allowed.sum(1, keepdim=True).clamp(min=1).sqrt()
-            own, read["specific"] = read_dictionary(query, *specific[name], root, allowed)
-            mixed, read["identity"] = self.identity[part](component, own, reading)
+            own, read["specific"] = read_dictionary(query, *specific, root, allowed)
+            mixed, read["identity"] = self.identity[component](part, own, reading)
             reading = torch.where(allowed.any(1)[:, None, None, None], mixed, reading)
-        return adain(reading, component), read
+        return adain(reading, part), read
 
     def forward(self, features, boxes, generic, specific, allowed):
-        enriched, readings = features.clone(), {}
+        enriched = features.clone()
+        readings = {}
         parts = cut_components(features, boxes, self.stride, self.sizes)
-        for index, (part, component) in enumerate(zip(self.cfg.parts, parts)):
-            reading, readings[part] = self.read(part, component, generic, specific, allowed)
-            changed = self.confidence[part](component, reading)
-            corners = whole_corners(boxes[:, index], self.stride, features.shape[-1])
+        for component, part, box in zip(self.cfg.components, parts, boxes.unbind(1)):
+            name = f"scale{self.scale}_{component}"
+            reading, readings[component] = self.read(
+                component, part, generic[name], specific and specific[name], allowed)
+            changed = self.confidence[component](part, reading)
+            corners = whole_corners(box, self.stride, features.shape[-1])
             for k, (x1, y1, x2, y2) in enumerate(corners):
-                enriched[k:k + 1, :, y1:y2, x1:x2] = F.interpolate(
-                    changed[k:k + 1], (y2 - y1, x2 - x1), mode="bilinear").to(enriched.dtype)
+                size = y2 - y1, x2 - x1
+                pasted = F.interpolate(changed[k:k + 1], size, mode="bilinear")
+                enriched[k:k + 1, :, y1:y2, x1:x2] = pasted.to(enriched.dtype)
         return enriched, readings
 
 
-def released_name(name):
-    """A name in the official checkpoint → the name here, None if no output uses it."""
-    path = name.split(".")
-    path[-1] = {"weight_orig": "parametrizations.weight.original",
-                "weight_u": "parametrizations.weight.0._u",
-                "weight_v": "parametrizations.weight.0._v"}.get(path[-1], path[-1])
-    head, *rest = path
-    words = head.split("_")
-    scale = {"256": "scale1", "128": "scale2", "64": "scale3"}
-    part = {"LE": "left_eye", "RE": "right_eye", "MO": "mouth"}
-    if words[0] in ("le", "re", "mo"):                                   # le_256_mem_key
-        return f"generic.{scale[words[1]]}_{part[words[0].upper()]}_{words[3]}"
-    if head in ("E_lq", "E_hq"):
-        owner, block = ("extract" if head == "E_lq" else "extract_specific.features"), rest[0]
-        if block.endswith("_Q"):                                         # LE_256_Q.Query.0
-            words = block.split("_")
-            return (None if head == "E_hq" else
-                    ".".join(["transforms", scale[words[1]], "query", part[words[0]], *rest[2:]]))
-        number, residual = int(block[-1]) - 1, block.startswith("res")   # conv1 res1 conv2 res2 | conv3 …
-        return ".".join([owner, "levels", str(number // 2), str(number % 2 * 2 + residual),
-                         *(["body", *rest[2:]] if residual else rest[1:])])
-    if words[0] in part:
-        owner = [scale[words[1]], part[words[0]]]
-        if words[2] == "KV":
-            return ".".join(["extract_specific", f"{rest[0].lower()}s", "_".join(owner), *rest[1:]])
-        if words[2] == "Attention":
-            return ".".join(["transforms", owner[0], "confidence", owner[1], "score", *rest])
-        layer = {"conv1": "reduce.0", "conv2": "reduce.1", "conv3": "reduce.2", "convCat": "score"}[rest[0]]
-        return ".".join(["transforms", owner[0], "identity", owner[1], layer, *rest[1:]])
-    if head == "MSDilate":
-        layer = "fuse" if rest[0] == "convi" else f"branches.{int(rest[0][-1]) - 1}"
-        return ".".join(["context", layer, *rest[1:]])
-    if head == "up4":
-        return ".".join(["paint", *rest]).replace("Model", "body")
-    layer = {"conv1": "reduce", "ScaleModel1": "scale", "ShiftModel1": "shift", "convup": "widen"}[rest[0]]
-    rest = rest[1:] if layer != "widen" else [str(int(rest[1]) - 1), *rest[2:]]
-    return ".".join(["stages", str(int(head[2]) - 1), layer, *rest])
+class ReleasedDMDNet(DMDNet):
+    """degraded (B,3,512,512) in [-1,1], boxes (B,4,4) of `boxes`; where there are any,
+    references (B,N,3,512,512) and reference_boxes (B,N,4,4) → restored (B,3,512,512)."""
+    transform = ReleasedTransform
+    memory = ReleasedExtractor
+
+    def boxes(self, landmarks):
+        return released_boxes(landmarks)
+
+    def forward(self, degraded, boxes, references=None, reference_boxes=None):
+        if references is None:
+            return super().forward(degraded, boxes)
+        faces, count = references.shape[:2]
+        owner = torch.arange(faces, device=references.device).repeat_interleave(count)
+        return super().forward(degraded, boxes, references.flatten(0, 1),
+                               reference_boxes.flatten(0, 1), owner)
+
+
+SPECTRAL = [                                 # the older way to store spectral norm
+    (r"(.*)\.weight_orig", r"\1.parametrizations.weight.original"),
+    (r"(.*)\.weight_(u|v)", r"\1.parametrizations.weight.0._\2"),
+]
+
+
+def official_names():
+    """[(names in DMDNet.pth, names here)], patterns as for common.renamed."""
+    table = [
+        (r"E_hq\..*_Q\..*", None),                       # F_spe's queries are not used
+        (r"MSDilate\.convi\.(.*)", r"context.fuse.\1"),
+        (r"up4\.(\d)\.Model\.(.*)", r"paint.\1.body.\2"),
+        (r"up4\.(.*)", r"paint.\1"),
+    ]
+    for k in range(4):
+        table.append((rf"MSDilate\.conv{k + 1}\.(.*)", rf"context.branches.{k}.\1"))
+    for k in range(3):
+        table += [
+            (rf"up{k + 1}\.conv1\.(.*)", rf"stages.{k}.reduce.\1"),
+            (rf"up{k + 1}\.ScaleModel1\.(.*)", rf"stages.{k}.scale.\1"),
+            (rf"up{k + 1}\.ShiftModel1\.(.*)", rf"stages.{k}.shift.\1"),
+            (rf"up{k + 1}\.convup\.1\.(.*)", rf"stages.{k}.widen.0.\1"),
+            (rf"up{k + 1}\.convup\.3\.(.*)", rf"stages.{k}.widen.2.\1")]
+    for theirs, ours in (("E_lq", "extract"), ("E_hq", "extract_specific.features")):
+        for k in range(6):                               # two to a scale
+            level, place = k // 2, k % 2 * 2
+            table += [
+                (rf"{theirs}\.conv{k + 1}\.(.*)", rf"{ours}.levels.{level}.{place}.\1"),
+                (rf"{theirs}\.res{k + 1}\.Res\.(.*)",
+                 rf"{ours}.levels.{level}.{place + 1}.body.\1")]
+    for short, component in (("LE", "left_eye"), ("RE", "right_eye"), ("MO", "mouth")):
+        for scale, pixels in ((1, 256), (2, 128), (3, 64)):
+            theirs, ours = f"{short}_{pixels}", f"scale{scale}_{component}"
+            block = f"transforms.scale{scale}"
+            table += [
+                (rf"{theirs.lower()}_mem_key", f"generic_keys.{ours}"),
+                (rf"{theirs.lower()}_mem_value", f"generic_values.{ours}"),
+                (rf"{theirs}_KV\.Key\.(.*)", rf"extract_specific.keys.{ours}.\1"),
+                (rf"{theirs}_KV\.Value\.(.*)", rf"extract_specific.values.{ours}.\1"),
+                (rf"E_lq\.{theirs}_Q\.Query\.(.*)", rf"{block}.query.{component}.\1"),
+                (rf"{theirs}_Attention\.(.*)",
+                 rf"{block}.confidence.{component}.score.\1"),
+                (rf"{theirs}_Mask\.convCat\.(.*)",
+                 rf"{block}.identity.{component}.score.\1")]
+            for k in range(3):
+                table.append((rf"{theirs}_Mask\.conv{k + 1}\.(.*)",
+                              rf"{block}.identity.{component}.reduce.{k}.\1"))
+    return table
 
 
 def load_official(source):
-    """DMDNet.pth as its authors released it, a file, its address or its state dict → the network, frozen:
-    degraded (B,3,512,512) in [-1,1], boxes (B,4,4) (released_boxes), and, where there are any, references
-    (B,N,3,512,512) and reference_boxes (B,N,4,4) → restored (B,3,512,512). InputError for what does not
-    fit."""
-    return common.load_named(DMDNet(RELEASED), source, released_name, "DMDNet's weights")
+    """DMDNet.pth as its authors released it, a file, its address or its state dict → the
+    network, frozen. InputError for what does not fit."""
+    name = "DMDNet's weights"
+    state = common.renamed(common.read_published(source, name), SPECTRAL)
+    file = "the state dict" if isinstance(source, dict) else source
+    return common.load_named(ReleasedDMDNet(RELEASED), state, official_names(), name, file)
 
 
 if __name__ == "__main__":

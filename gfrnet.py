@@ -1,35 +1,37 @@
 """GFRNet: blind face restoration guided by one sharp picture of the same person.
 
-Li, Liu, Ye, Zuo, Lin, Yang: "Learning Warped Guidance for Blind Face Restoration", ECCV 2018.
+Li, Liu, Ye, Zuo, Lin, Yang: "Learning Warped Guidance for Blind Face Restoration",
+ECCV 2018.
 
-A sharp picture of the same person shows the details that a degraded one has lost, but in another pose and
-with another expression. So a first network (WarpNet) predicts a flow field that bends the guide into the
-pose of the degraded face; a second one (RecNet, a U-Net) restores the face from both. Nobody knows the true
-flow: WarpNet learns from facial landmarks, which must land on each other, and from smoothness in between.
+A sharp picture of the same person shows the details that a degraded one has lost, but in
+another pose and with another expression. So a first network (WarpNet) predicts a flow
+field that bends the guide into the pose of the degraded face. A second one (RecNet, a
+U-Net) restores the face from both. Nobody knows the true flow: WarpNet learns from facial
+landmarks, which must land on each other, and from smoothness in between.
 
 Equation → name
-    (1) WarpNet           (5) perceptual_loss                     (9) landmark_loss
-    (2) warp              (6) pixel_loss, the sum in train       (10) tv_loss
-    (3) RecNet            (7) discriminator_loss                 (11) flow_loss
-    (4) common.degrade    (8) adversarial_loss, Discriminators   (12) the sum in train
+    (1) WarpNet           (5) perceptual_loss         (9) landmark_loss
+    (2) warp              (6) reconstruction_loss    (10) tv_loss
+    (3) RecNet            (7) discriminator_loss     (11) flow_loss
+    (4) common.degrade    (8) adversarial_loss       (12) the sum in train
 
-    python gfrnet.py --train                                            # minutes on two CPU cores
-    python gfrnet.py --evaluate                                         # on people it has never seen
-    python gfrnet.py --restore photo.jpg --reference sharp.jpg --aligned    # your pictures
+    python gfrnet.py --train                    # rendered faces, minutes on two CPU cores
+    python gfrnet.py --evaluate                 # on people it has never seen
+    python gfrnet.py --restore photo.jpg --reference sharp.jpg --aligned   # your pictures
 
-Open in the paper, chosen here: widths and activations are those of pix2pix, which the paper follows; the
-squares of Eq. (9) and (10) are sums over points and pixels, that of Eq. (6) a mean; the generator's side of
-Eq. (7) is the non-saturating −log D; WarpNet's last layer starts at 0, so that the flow starts as the
-identity, all others with He's initialisation (pix2pix's normal of 0.02 in the discriminators); the landmark
-box is resized to half the image for the local discriminator.
+Open in the paper, chosen here: widths and activations are those of pix2pix, which the
+paper follows; the squares of Eq. (9) and (10) are sums over points and pixels, that of
+Eq. (6) a mean; the generator's side of Eq. (7) is the non-saturating −log D; WarpNet's
+last layer starts at 0, so that the flow starts as the identity, all others as He's
+(pix2pix's normal of 0.02 in the discriminators); the landmark box is resized to half the
+image for the local discriminator. All pictures of a person are used; the authors picked
+at most five good ones. Ours(R) of Table 1 gets somebody else's guide; whether it was also
+trained so is not said. The variant `random-guide` is, and every other guided network is
+measured with such guides as well: the column `stranger` of its tables.
 TINY differs from the paper in size, and in what Config says beside it.
 """
-import argparse
 import math
-import sys
-import time
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import matplotlib.figure
 import torch
@@ -43,125 +45,170 @@ from common import InputError
 SCRIPT = "gfrnet"
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 2. Config
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
     """Every number of the method. The defaults are TINY."""
     preset: str = "tiny"
     variant: str = "full"
-    size: int = 128                          # pixels, height = width, a power of two: 128 is seven levels
+    size: int = 128                  # pixels, height = width, a power of two
     seed: int = 0
 
-    encoder: str = "recogniser"              # ψ of Eq. (5); "vgg" is VGG-Face, or VGG-19 without a file
-    guided: bool = True                      # RecNet sees the guide
-    warped: bool = True                      # bent by WarpNet
-    stranger: bool = False                   # the guide is somebody else
-    width: int = 16                          # channels of the first layer; the deepest have eight times more
-    rec_width: int = 1                       # RecNet's factor on it
-    residual: bool = True                    # added to I^d: a short training need not learn to copy
-
-    weight_pixel: float = 100.0              # λ_r,0
-    weight_perceptual: float = 0.3           # λ_r,l; 0.001 in the paper, with another encoder
-    weight_adversarial: tuple = (0.01, 0.005)    # λ_a,g, λ_a,l; the paper's / 100
-    weight_landmark: float = 10.0            # λ_lm
-    weight_tv: float = 0.05                  # λ_TV; 1 in the paper
-    smooth: float = 0.9                      # label of a true picture for the discriminators
+    guided: bool = True              # RecNet sees the guide
+    warped: bool = True              # bent by WarpNet
+    stranger: bool = False           # the guide is somebody else's
+    width: int = 16                  # channels of the first layer; inside up to 8 times
+    rec_width: int = 1               # RecNet's factor on it
+    residual: bool = True            # Î is added to I^d: nothing learns to copy
     discriminator_width: int = 8
-    learning_rate: float = 2e-3              # 10 times the paper's; then a tenth, then a hundredth of it
-    betas: tuple = (0.5, 0.999)              # β1, β2 of Adam
-    cooldown: float = 0.3                    # last part of the steps: the rate falls to 0; none in the paper
-    patience: int = 3                        # validations without a better loss before the rate is cut
-    warp_steps: int = 1000                   # of the steps: WarpNet alone, on the flow loss
-    steps: int = 1600
-    crop: float = 0.05                       # largest random change of scale and place, parts of the size
-    batch: int = 8                           # pairs a process and step
-    validate_every: int = 100                # steps; also when a checkpoint is written
-    degradation: str = "gfrnet"              # Eq. (4)
+
+    encoder: str = "recogniser"      # ψ; "vgg": VGG-Face, or VGG-19 without a file
+    weight_pixel: float = 100.0      # λ_r,0
+    weight_perceptual: float = 0.3   # λ_r,l; 0.001 in the paper, with another encoder
+    weight_adversarial: tuple = (0.01, 0.005)    # λ_a,g, λ_a,l; the paper's / 100
+    weight_landmark: float = 10.0    # λ_lm
+    weight_tv: float = 0.05          # λ_TV; 1 in the paper
+    smooth: float = 0.9              # label of a true picture for the discriminators
+
+    learning_rate: float = 2e-3      # 10 times the paper's: the network is small
+    betas: tuple = (0.5, 0.999)      # β1, β2 of Adam
+    cooldown: float = 0.3            # last part of the steps: the rate falls to 0
+    patience: int | None = None      # validations that are no better, then the rate
+    plateau: float = 0.1             # falls to this part of itself
+    warp_share: float = 0.625        # first part of the steps: WarpNet alone
+    steps: int = 1600                # without a flow loss WarpNet's own are left out
+    batch: int = 8                   # pairs a process and step
+    crop: float = 0.05               # largest random change of place, a part of the size
+    validate_every: int = 100        # steps; also when a checkpoint is written
+    validated: int = 32              # pairs
+    tested: int | None = 128         # held-out pairs measured in the end, at most
+    degradation: str = "gfrnet"      # Eq. (4)
+
+    def rate(self, step):
+        """The learning rate of a step from 1 on: constant, then falling to 0."""
+        left = (self.steps - step + 1) / max(self.cooldown * self.steps, 1)
+        return self.learning_rate * min(left, 1)
+
+    @property
+    def learns_flow(self):
+        """Whether WarpNet learns from landmarks."""
+        return self.warped and self.weight_landmark > 0
 
 
 TINY = Config()
-PAPER = replace(TINY, preset="paper", size=256, encoder="vgg", width=64, residual=False,
-                weight_perceptual=0.001, weight_adversarial=(1.0, 0.5), weight_tv=1.0,
-                discriminator_width=64, learning_rate=2e-4, cooldown=0, patience=0,
-                warp_steps=5 * 20_273, steps=105 * 20_273, batch=1,
-                validate_every=20_273)       # 20,273 pairs are an epoch
+EPOCH = 20_273                       # pairs in the paper's training set
+PAPER = replace(
+    TINY, preset="paper", size=256, width=64, residual=False, discriminator_width=64,
+    encoder="vgg", weight_perceptual=0.001, weight_adversarial=(1.0, 0.5), weight_tv=1.0,
+    learning_rate=2e-4, cooldown=0, patience=3, warp_share=5 / 105, steps=105 * EPOCH,
+    batch=1, validate_every=EPOCH, validated=200, tested=None)
 PRESETS = {"tiny": TINY, "paper": PAPER}
-VARIANTS = {                                 # Table 1: Full, -F, -W, -W2, -WG, -WG2, R
-    "full": {}, "no-flow-loss": {"weight_landmark": 0.0, "weight_tv": 0.0},
-    "no-warp": {"warped": False}, "no-warp-2x": {"warped": False, "rec_width": 2},
+
+VARIANTS = {                         # Table 1: Full, -F, -W, -W2, -WG, -WG2, R
+    "full": {},
+    "no-flow-loss": {"weight_landmark": 0.0, "weight_tv": 0.0},
+    "no-warp": {"warped": False},
+    "no-warp-2x": {"warped": False, "rec_width": 2},
     "no-guide": {"guided": False, "warped": False},
-    "no-guide-2x": {"guided": False, "warped": False, "rec_width": 2}, "random-guide": {"stranger": True}}
+    "no-guide-2x": {"guided": False, "warped": False, "rec_width": 2},
+    "random-guide": {"stranger": True},
+}
+COLUMNS = ("x4_psnr", "x4_ssim", "x8_psnr", "x8_ssim")
+PAPER_FIGURES = {name: dict(zip(COLUMNS, row)) for name, row in {       # there, VggFace2
+    "full": (28.55, 0.947, 24.10, 0.898),
+    "no-flow-loss": (26.61, 0.927, 23.17, 0.863),
+    "no-warp": (26.03, 0.923, 23.29, 0.843),
+    "no-warp-2x": (27.25, 0.933, 23.24, 0.864),
+    "no-guide": (25.97, 0.915, 22.91, 0.838),
+    "no-guide-2x": (27.20, 0.932, 23.22, 0.863),
+    "random-guide": (27.90, 0.943, 24.05, 0.890),
+}.items()}
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 3. Network
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 def normalise(points, size):
-    """Pixels (…,2) of a size×size image → coordinates in [-1,1], where ±1 are the image's outer edges."""
+    """Pixels (…,2) of a size×size image → [-1,1], where ±1 are the image's edges."""
     return (2 * points + 1) / size - 1
 
 
 def identity_flow(size, device="cpu"):
     """The flow that changes nothing: every pixel's own coordinates, (1,2,size,size)."""
     line = normalise(torch.arange(size, device=device), size)
-    return torch.stack(torch.meshgrid(line, line, indexing="xy"))[None]
+    x, y = torch.meshgrid(line, line, indexing="xy")
+    return torch.stack([x, y])[None]
 
 
 def warp(image, flow):
-    """Eq. (2): I^w_ij = Σ over the 4 neighbours (h,w) of I^g_hw max(0, 1−|Φ^y_ij−h|) max(0, 1−|Φ^x_ij−w|).
+    """Eq. (2): I^w_ij = Σ I^g_hw max(0, 1 − |Φ^y_ij − h|) max(0, 1 − |Φ^x_ij − w|).
 
-    image (B,C,H,W), flow (B,2,H,W) in [-1,1] → (B,C,H,W). Neighbours outside the image count as 0.
+    The sum is over the four neighbours (h,w) of Φ_ij; those outside the image count as 0.
+    image (B,C,H,W), flow (B,2,H,W) in [-1,1] → (B,C,H,W).
     """
-    return F.grid_sample(image.float(), flow.float().permute(0, 2, 3, 1), mode="bilinear",
-                         padding_mode="zeros", align_corners=False)
+    grid = flow.float().permute(0, 2, 3, 1)
+    return F.grid_sample(image.float(), grid, padding_mode="zeros", align_corners=False)
 
 
 class EncoderDecoder(nn.Module):
-    """Figure 3: log2(size) convolutions 4×4 of stride 2 down to 1×1, as many deconvolutions up again.
+    """Figure 3: log2(size) convolutions 4×4 of stride 2 down to 1×1, as many up again.
 
-    Convolution, BatchNorm, ReLU; no BatchNorm in the encoder's first and the decoder's last layer, nor at
-    1×1, where there is nothing to normalise. With `skips`, layer i is concatenated to layer L−i. At batch 1
-    (the paper's) BatchNorm is each image's own statistics, also when it restores: that is InstanceNorm.
+    Convolution, BatchNorm, LeakyReLU in the encoder, ReLU in the decoder. There is no
+    BatchNorm in the encoder's first and the decoder's last layer, nor at 1×1, where there
+    is nothing to normalise. With `skips`, layer i is concatenated to layer L−i as its
+    LeakyReLU leaves it (pix2pix rectifies it again). At batch 1, the paper's, BatchNorm
+    takes each image's own statistics, also when it restores: that is InstanceNorm.
     """
+
     def __init__(self, channels_in, channels_out, width, cfg, skips):
         super().__init__()
-        norm = nn.BatchNorm2d if cfg.batch > 1 else lambda n: nn.InstanceNorm2d(n, affine=True)
-        levels, self.skips = int(math.log2(cfg.size)), skips
-        widths = [channels_in, *(width * min(2**level, 8) for level in range(levels))]
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for level, (before, after) in enumerate(zip(widths, widths[1:])):
+        self.skips = skips
+        levels = int(math.log2(cfg.size))
+        widths = [width * min(2**level, 8) for level in range(levels)]
+
+        def norm(channels):
+            if cfg.batch == 1:
+                return nn.InstanceNorm2d(channels, affine=True)
+            return nn.BatchNorm2d(channels)
+
+        self.down = nn.ModuleList()
+        before = channels_in
+        for level, after in enumerate(widths):
             inner = 0 < level < levels - 1
-            self.down.append(nn.Sequential(nn.Conv2d(before, after, 4, 2, 1, bias=not inner),
-                                           norm(after) if inner else nn.Identity(), nn.LeakyReLU(0.2)))
-        for level in range(levels - 1, -1, -1):
-            before = widths[level + 1] * (2 if skips and level < levels - 1 else 1)
-            if level:
-                self.up.append(nn.Sequential(nn.ConvTranspose2d(before, widths[level], 4, 2, 1, bias=False),
-                                             norm(widths[level]), nn.ReLU()))
-            else:
-                self.up.append(nn.ConvTranspose2d(before, channels_out, 4, 2, 1))
+            convolution = nn.Conv2d(before, after, 4, 2, 1, bias=not inner)
+            statistics = norm(after) if inner else nn.Identity()
+            self.down.append(nn.Sequential(convolution, statistics, nn.LeakyReLU(0.2)))
+            before = after
+        self.up = nn.ModuleList()
+        for after in reversed(widths[:-1]):
+            convolution = nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False)
+            self.up.append(nn.Sequential(convolution, norm(after), nn.ReLU()))
+            before = 2 * after if skips else after
+        self.up.append(nn.ConvTranspose2d(before, channels_out, 4, 2, 1))
         for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-                nn.init.kaiming_normal_(module.weight, 0.2,
-                                        "fan_in" if isinstance(module, nn.Conv2d) else "fan_out")
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, 0.2, "fan_in")
+            elif isinstance(module, nn.ConvTranspose2d):      # its weight: (in,out,4,4)
+                nn.init.kaiming_normal_(module.weight, 0.2, "fan_out")
 
     def forward(self, x):
         maps = []
         for layer in self.down:
             x = layer(x)
             maps.append(x)
-        for number, layer in enumerate(self.up):
-            skip = maps[-1 - number]
-            x = layer(torch.cat([x, skip], 1) if self.skips and number else x)
+        x = self.up[0](maps.pop())
+        for layer in self.up[1:]:
+            skip = maps.pop()
+            x = layer(torch.cat([x, skip], 1) if self.skips else x)
         return x.float()
 
 
 class WarpNet(nn.Module):
-    """Eq. (1): Φ = F_w(I^d, I^g). degraded, guide (B,3,H,W) → flow (B,2,H,W) through tanh."""
+    """Eq. (1): Φ = F_w(I^d, I^g). degraded, guide (B,3,H,W) → flow (B,2,H,W)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -170,57 +217,64 @@ class WarpNet(nn.Module):
         nn.init.zeros_(self.body.up[-1].bias)
 
     def forward(self, degraded, guide):
-        start = torch.atanh(identity_flow(degraded.shape[-1], degraded.device))
-        return torch.tanh(start + self.body(torch.cat([degraded, guide], 1)))
+        change = self.body(torch.cat([degraded, guide], 1))
+        start = identity_flow(degraded.shape[-1], degraded.device)
+        return torch.tanh(torch.atanh(start) + change)
 
 
 class RecNet(nn.Module):
-    """Eq. (3): Î = F_r(I^d, I^w), a U-Net. degraded, warped (B,3,H,W) → restored; None: not guided."""
+    """Eq. (3): Î = F_r(I^d, I^w), a U-Net. degraded, warped (B,3,H,W) → restored."""
 
     def __init__(self, cfg):
         super().__init__()
         self.residual = cfg.residual
-        self.body = EncoderDecoder(6 if cfg.guided else 3, 3, cfg.width * cfg.rec_width, cfg, skips=True)
+        seen = 6 if cfg.guided else 3
+        self.body = EncoderDecoder(seen, 3, cfg.width * cfg.rec_width, cfg, skips=True)
         if cfg.residual:
             nn.init.zeros_(self.body.up[-1].weight)
 
     def forward(self, degraded, warped):
-        image = self.body(degraded if warped is None else torch.cat([degraded, warped], 1))
+        seen = degraded if warped is None else torch.cat([degraded, warped], 1)
+        image = self.body(seen)
         return degraded + image if self.residual else torch.tanh(image)
 
 
 class GFRNet(nn.Module):
     """Both networks: degraded, guide (B,3,H,W) in [-1,1] → restored, warped, flow.
 
-    Without a WarpNet warped is the guide and flow None; without guide both are None.
+    Without a WarpNet warped is the guide and flow None; without a guide both are None.
+    With `flow_only` there is only the flow.
     """
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg = cfg
+        self.guided = cfg.guided
         self.warp_net = WarpNet(cfg) if cfg.warped else None
         self.rec_net = RecNet(cfg)
 
     def forward(self, degraded, guide, flow_only=False):
-        warped, flow = guide if self.cfg.guided else None, None
-        if self.warp_net is not None:
-            flow = self.warp_net(degraded, guide)
-            if flow_only:
-                return flow
-            warped = warp(guide, flow)
+        if not self.guided:
+            return self.rec_net(degraded, None), None, None
+        if self.warp_net is None:
+            return self.rec_net(degraded, guide), guide, None
+        flow = self.warp_net(degraded, guide)
+        if flow_only:
+            return flow
+        warped = warp(guide, flow)
         return self.rec_net(degraded, warped), warped, flow
 
 
 class Discriminator(nn.Module):
-    """The conditional 70×70 patch discriminator of pix2pix: degraded, guide, image → logits (B,1,h,w)."""
+    """The conditional 70×70 patch discriminator of pix2pix: images → logits (B,1,h,w)."""
 
     def __init__(self, width):
         super().__init__()
-        widths, layers = (9, width, 2 * width, 4 * width, 8 * width), []
-        for level, (before, after) in enumerate(zip(widths, widths[1:])):
-            layers += [nn.Conv2d(before, after, 4, 2 if level < 3 else 1, 1, bias=level == 0),
-                       nn.BatchNorm2d(after) if level else nn.Identity(), nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))
+        layers = [nn.Conv2d(9, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for before, stride in ((width, 2), (2 * width, 2), (4 * width, 1)):
+            layers.append(nn.Conv2d(before, 2 * before, 4, stride, 1, bias=False))
+            layers.append(nn.BatchNorm2d(2 * before))
+            layers.append(nn.LeakyReLU(0.2))
+        self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0, 0.02)
@@ -230,34 +284,38 @@ class Discriminator(nn.Module):
 
 
 def landmark_box(landmarks, size):
-    """The smallest box around all landmarks: (B,68,2) → (B,4) x1,y1,x2,y2 as edges, inside the image and at
-    least size/16 wide and high."""
+    """The smallest box around all landmarks: (B,68,2) → (B,4) x1,y1,x2,y2 as edges,
+    inside the image and at least size/16 wide and high."""
     least = size / 16
     low = landmarks.amin(1).clamp(0, size - least)
-    high = torch.maximum((landmarks.amax(1) + 1).clamp(max=size), low + least)
-    return torch.cat([low, high], 1)
+    high = (landmarks.amax(1) + 1).clamp(max=size)
+    return torch.cat([low, torch.maximum(high, low + least)], 1)
 
 
 def crop_local(image, boxes, side):
     """The boxes (B,4) of image (B,C,H,W), resized to side×side by RoIAlign."""
-    return roi_align(image.float().contiguous(), list(boxes[:, None]), side, sampling_ratio=2, aligned=True)
+    boxes = list(boxes[:, None])                              # one (1,4) an image
+    image = image.float().contiguous()
+    return roi_align(image, boxes, side, sampling_ratio=2, aligned=True)
 
 
 class Discriminators(nn.Module):
-    """Global and local discriminator: the latter sees only the box around all landmarks → two logit maps."""
+    """The global one, and the local one of the box around all landmarks → two maps."""
 
     def __init__(self, width):
         super().__init__()
-        self.whole, self.local = Discriminator(width), Discriminator(width)
+        self.whole = Discriminator(width)
+        self.local = Discriminator(width)
 
     def forward(self, degraded, guide, image, boxes):
-        parts = crop_local(torch.cat([degraded, guide, image], 1), boxes, image.shape[-1] // 2)
-        return [self.whole(degraded, guide, image), self.local(*parts.chunk(3, 1))]
+        stack = torch.cat([degraded, guide, image], 1)
+        parts = crop_local(stack, boxes, image.shape[-1] // 2).chunk(3, 1)
+        return [self.whole(degraded, guide, image), self.local(*parts)]
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 4. Losses
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 def pixel_loss(restored, target):
     """Eq. (6), first term: ‖I − Î‖², as a mean over pixels."""
@@ -265,555 +323,427 @@ def pixel_loss(restored, target):
 
 
 def perceptual_loss(features, target_features):
-    """Eq. (5): ‖ψ_l(Î) − ψ_l(I)‖² / (C_l H_l W_l) of the conv-4 maps (B,C,h,w), a mean over the batch."""
+    """Eq. (5): ‖ψ_l(Î) − ψ_l(I)‖² / (C_l H_l W_l) of maps (B,C,h,w), the batch's mean."""
     return F.mse_loss(features.float(), target_features.float())
 
 
+def conv4(encoder, image):
+    """ψ_l of Eq. (5): the encoder's maps at an eighth of the size, VGG's fourth block."""
+    return encoder.features(image)[2]
+
+
+def reconstruction_loss(restored, target, encoder, cfg):
+    """Eq. (6): λ_r,0 ℓ_r,0 and λ_r,l ℓ_p, by name."""
+    perceptual = perceptual_loss(conv4(encoder, restored), conv4(encoder, target))
+    return {"pixel": cfg.weight_pixel * pixel_loss(restored, target),
+            "perceptual": cfg.weight_perceptual * perceptual}
+
+
 def discriminator_loss(real, fake, smooth=0.9):
-    """Eq. (7), what D maximises, negated: −E[log D(I)] − E[log(1 − D(Î))] with labels `smooth` and 0, of the
-    global and the local discriminator. real, fake: lists of logit maps."""
-    return sum(F.binary_cross_entropy_with_logits(r.float(), torch.full_like(r, smooth).float())
-               + F.binary_cross_entropy_with_logits(f.float(), torch.zeros_like(f).float())
-               for r, f in zip(real, fake))
+    """Eq. (7), what D maximises, negated: −E[log D(I)] − E[log(1 − D(Î))].
+
+    The labels are `smooth` and 0. real, fake: the logit maps, global and local.
+    """
+    def cross_entropy(logits, label):
+        label = torch.full_like(logits, label, dtype=torch.float32)
+        return F.binary_cross_entropy_with_logits(logits.float(), label)
+
+    return (sum(cross_entropy(logits, smooth) for logits in real)
+            + sum(cross_entropy(logits, 0.0) for logits in fake))
 
 
 def adversarial_loss(fake, weights):
-    """Eq. (8): λ_a,g ℓ_a,g + λ_a,l ℓ_a,l, with ℓ = −E[log D(Î)], which has the gradient that log(1 − D)
-    lacks while D wins."""
+    """Eq. (8): λ_a,g ℓ_a,g + λ_a,l ℓ_a,l, with ℓ = −E[log D(Î)], which has the gradient
+    that log(1 − D) lacks while D wins."""
     return sum(w * F.softplus(-f.float()).mean() for w, f in zip(weights, fake))
 
 
 def sample_flow(flow, landmarks):
-    """(Φ_x, Φ_y) at the landmarks: flow (B,2,H,W), landmarks (B,68,2) in pixels → (B,68,2)."""
+    """(Φ_x, Φ_y) at landmarks (B,68,2) in pixels: flow (B,2,H,W) → (B,68,2)."""
     grid = normalise(landmarks, flow.shape[-1])[:, :, None].to(flow.dtype)
-    return F.grid_sample(flow, grid, padding_mode="border", align_corners=False)[..., 0].transpose(1, 2)
+    values = F.grid_sample(flow, grid, padding_mode="border", align_corners=False)
+    return values[..., 0].transpose(1, 2)
 
 
 def landmark_loss(flow, landmarks, guide_landmarks):
-    """Eq. (9): Σ_i (Φ_x(x_i,y_i) − x_i^g)² + (Φ_y(x_i,y_i) − y_i^g)² in [-1,1]; mean over the batch.
+    """Eq. (9): Σ_i (Φ_x(x_i,y_i) − x_i^g)² + (Φ_y(x_i,y_i) − y_i^g)², the batch's mean.
 
-    flow (B,2,H,W); landmarks of the target, guide_landmarks (B,68,2) in pixels.
+    flow (B,2,H,W) in [-1,1]; landmarks of the target, guide_landmarks (B,68,2) in pixels.
     """
     gap = sample_flow(flow, landmarks) - normalise(guide_landmarks, flow.shape[-1])
     return gap.square().sum((1, 2)).mean()
 
 
 def tv_loss(flow):
-    """Eq. (10): ‖∇_x Φ_x‖² + ‖∇_y Φ_x‖² + ‖∇_x Φ_y‖² + ‖∇_y Φ_y‖², sums over pixels, mean over the batch.
+    """Eq. (10): ‖∇_x Φ_x‖² + ‖∇_y Φ_x‖² + ‖∇_x Φ_y‖² + ‖∇_y Φ_y‖², the batch's mean.
 
-    In these coordinates such a sum does not depend on the image's size: it is about 8 for the identity."""
-    return (flow.diff(dim=3).square().sum((1, 2, 3)) + flow.diff(dim=2).square().sum((1, 2, 3))).mean()
+    Each is a sum over pixels. In [-1,1] it does not depend on the image's size: it is
+    about 8 for the identity.
+    """
+    across = flow.diff(dim=3).square().sum((1, 2, 3))
+    down = flow.diff(dim=2).square().sum((1, 2, 3))
+    return (across + down).mean()
 
 
 def flow_loss(flow, landmarks, guide_landmarks, cfg):
     """Eq. (11): λ_lm ℓ_lm and λ_TV ℓ_TV, by name."""
-    return {"landmark": cfg.weight_landmark * landmark_loss(flow, landmarks, guide_landmarks),
-            "tv": cfg.weight_tv * tv_loss(flow)}
+    return {
+        "landmark": cfg.weight_landmark * landmark_loss(flow, landmarks, guide_landmarks),
+        "tv": cfg.weight_tv * tv_loss(flow)}
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 5. Data
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
-def load_faces(cfg, args):
-    """The faces of --data, or rendered ones."""
-    if args.data is None:
-        return common.RenderedFaces(cfg.size)
-    return common.FaceFolder(args.data, cfg.size, args.landmarks, args.aligned)
+def eye_opening(eye):
+    """Height of an eye as a part of its width: its six landmarks (N,6,2) → (N,)."""
+    width = (eye[:, 0] - eye[:, 3]).norm(dim=1)
+    height = (eye[:, [1, 2]] - eye[:, [5, 4]]).norm(dim=2).mean(1)
+    return height / width
 
 
 def guide_score(landmarks):
-    """How far a face is from frontal with open eyes: (N,68,2) → (N,), 0 is best, closed eyes add 1.
+    """How far a face is from frontal with open eyes: (N,68,2) → (N,), 0 is best.
 
-    Frontal: the nose tip is as far from one end of the jaw as from the other. Open: each eye is at least a
-    seventh as high as it is wide.
+    Frontal: the nose's tip is as far from one end of the jaw as from the other. Open:
+    each eye is at least a seventh as high as it is wide; a closed one adds 1.
     """
-    near, far = ((landmarks[:, 30] - landmarks[:, jaw]).norm(dim=1) for jaw in (0, 16))
-    turned = (near - far).abs() / (near + far)
-    open_ = [(landmarks[:, [eye + 1, eye + 2]] - landmarks[:, [eye + 5, eye + 4]]).norm(dim=2).mean(1)
-             / (landmarks[:, eye] - landmarks[:, eye + 3]).norm(dim=1) for eye in (36, 42)]
-    return turned + (torch.minimum(*open_) < 1 / 7).float()
+    left = (landmarks[:, 30] - landmarks[:, 0]).norm(dim=1)
+    right = (landmarks[:, 30] - landmarks[:, 16]).norm(dim=1)
+    turned = (left - right).abs() / (left + right)
+    left_eye = eye_opening(landmarks[:, 36:42])
+    right_eye = eye_opening(landmarks[:, 42:48])
+    closed = torch.minimum(left_eye, right_eye) < 1 / 7
+    return turned + closed.float()
 
 
-def choose_guides(faces, indices, stranger=False):
-    """The guide of each picture, {i: j}: of the same person's other pictures the best by `guide_score`.
+def choose_guides(faces, indices):
+    """The guide of each picture, {i: j}: the person's best picture by `guide_score`.
 
-    Who has one picture only is left out. `stranger`: another person's guide, the next of those in `indices`,
-    or, where these show one person, of all.
+    As in the paper a guide is not restored itself. So it is left out, and with it whoever
+    has one picture only.
     """
-    wanted, people = set(indices), {int(faces.identity[i]): None for i in indices}
-    if stranger and len(people) == 1:
-        people |= {int(who): None for who in faces.identity.unique()}
-    groups = [torch.nonzero(faces.identity == who)[:, 0].tolist() for who in people]
-    scores = [guide_score(torch.stack([faces.landmarks(i) for i in group])) for group in groups]
-    ranked = [[group[k] for k in score.argsort(stable=True)] for group, score in zip(groups, scores)]
-    ranked = [pictures for pictures in ranked if len(pictures) > 1]
-    others = [(k + 1) % len(ranked) for k in range(len(ranked))] if stranger else range(len(ranked))
-    return {i: next(j for j in ranked[other] if j != i)
-            for pictures, other in zip(ranked, others) for i in sorted(pictures) if i in wanted}
+    best = {}
+    for who in faces.identity[list(indices)].unique().tolist():
+        pictures = torch.nonzero(faces.identity == who)[:, 0].tolist()
+        scores = guide_score(torch.stack([faces.landmarks(i) for i in pictures]))
+        best[who] = pictures[int(scores.argmin())]
+    guides = {i: best[int(faces.identity[i])] for i in indices}
+    guides = {i: j for i, j in guides.items() if i != j}
+    if not guides:
+        raise InputError("no person has two pictures, one to restore and one to guide; "
+                         "--data wants one folder per identity, with several pictures")
+    return guides
+
+
+def draw_stranger(faces, guides, i, generator):
+    """Ours(R) of Table 1: somebody else's guide for picture i, drawn at random; where all
+    guides show one person, any picture of somebody else."""
+    people = torch.tensor(sorted(set(guides.values())))
+    strangers = people[faces.identity[people] != faces.identity[i]]
+    if len(strangers) == 0:
+        strangers = torch.nonzero(faces.identity != faces.identity[i])[:, 0]
+    return int(strangers[torch.randint(len(strangers), (), generator=generator)])
+
+
+def load_pair(faces, i, guides, cfg, generator):
+    """Picture i and its guide, or a stranger's: images (2,3,H,W), landmarks (2,68,2)."""
+    if cfg.stranger:
+        return common.stack_faces(faces, [i, draw_stranger(faces, guides, i, generator)])
+    return common.stack_person(faces, [i, guides[i]])
 
 
 class Batches(torch.utils.data.Dataset):
-    """Training batch number `step`: (degraded, target, guide, landmarks, guide_landmarks), a pure function
-    of (seed, rank, step), so that a resumed run sees what an unbroken one would have seen."""
+    """Training batch number `step`, from 0: (degraded, target, guide, landmarks,
+    guide_landmarks).
 
-    def __init__(self, faces, indices, cfg, rank=0):
-        self.faces, self.cfg, self.rank = faces, cfg, rank
-        self.guides = choose_guides(faces, indices, cfg.stranger)
-        self.indices = list(self.guides)
-        if not self.indices:
-            raise InputError("no person has two pictures; --data wants one folder per identity, each with "
-                             "several pictures: one to restore, another to guide")
+    Every pair has a random stream of its own, (seed, step, place in the whole batch): a
+    resumed run sees what an unbroken one would have seen, and two processes see what one
+    with twice their batch would.
+    """
+
+    def __init__(self, faces, indices, cfg):
+        self.faces = faces
+        self.cfg = cfg
+        self.guides = choose_guides(faces, indices)
+        self.targets = list(self.guides)
+        self.first = common.rank() * cfg.batch
 
     def __len__(self):
         return self.cfg.steps
 
+    def sample(self, step, place):
+        """One pair, flipped together: images (3,H,W), landmarks (68,2)."""
+        cfg = self.cfg
+        generator = common.seeded(cfg.seed, 1, step, place)
+        i = self.targets[torch.randint(len(self.targets), (), generator=generator)]
+        images, landmarks = load_pair(self.faces, i, self.guides, cfg, generator)
+        images, landmarks = common.augment(images, landmarks, generator, cfg.crop)
+        target, guide = images
+        degradation = common.DEGRADATIONS[cfg.degradation]
+        degraded = common.degrade(images[:1], degradation, generator)           # Eq. (4)
+        return degraded[0], target, guide, landmarks[0], landmarks[1]
+
     def __getitem__(self, step):
-        generator = common.seeded(self.cfg.seed, 1, self.rank, step)
-        chosen = [self.indices[i] for i in torch.randint(len(self.indices), (self.cfg.batch,),
-                                                         generator=generator).tolist()]
-        stack = common.stack_faces if self.cfg.stranger else common.stack_person
-        pairs = [stack(self.faces, [i, self.guides[i]]) for i in chosen]
-        pairs = [common.augment(*pair, generator, self.cfg.crop) for pair in pairs]
-        (target, guide), (landmarks, guide_landmarks) = (
-            torch.stack(part).unbind(1) for part in zip(*pairs))
-        target = target.contiguous()
-        degraded = common.degrade(target, common.DEGRADATIONS[self.cfg.degradation], generator)
-        return degraded, target, guide, landmarks, guide_landmarks
+        samples = [self.sample(step, self.first + k) for k in range(self.cfg.batch)]
+        return [torch.stack(part) for part in zip(*samples)]
 
 
-def load_encoder(cfg, args, faces, device):
-    """ψ of Eq. (5), frozen: the recogniser of these faces, or VGG-Face."""
-    encoder = common.load_vgg(args.vggface) if cfg.encoder == "vgg" else common.recogniser(faces)
-    return encoder.to(device, memory_format=torch.channels_last)
-
-
-def conv4(encoder, image):
-    """ψ_l of Eq. (5): the encoder's maps at an eighth of the size, in VGG those of its fourth block."""
-    return encoder.features(image)[2]
-
-
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 6. Training
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 def train(cfg, args):
-    """Train on args.data, write the run into args.out; see Config for every number."""
-    begin, device, out = time.monotonic(), common.choose_device(args.device), Path(args.out)
-    with common.process_group() as (rank, world):
-        if rank == 0:
-            common.write_json(out / "config.json", asdict(cfg))
-        faces = load_faces(cfg, args)
-        train_indices, validation, test = common.split_identities(faces)
-        data = Batches(faces, train_indices, cfg, rank)
-        if rank == 0:
-            encoder = load_encoder(cfg, args, faces, device)          # one process trains it, the others
-        if torch.distributed.is_initialized():                        # find it in the cache
-            torch.distributed.barrier()
-        encoder = encoder if rank == 0 else load_encoder(cfg, args, faces, device)
-        torch.manual_seed(cfg.seed)
-        net = GFRNet(cfg).to(device, memory_format=torch.channels_last)
-        discriminators = Discriminators(cfg.discriminator_width).to(
-            device, memory_format=torch.channels_last)
-        optimizer = torch.optim.Adam(net.parameters(), cfg.learning_rate, cfg.betas, fused=True)
-        optimizer_d = torch.optim.Adam(discriminators.parameters(), cfg.learning_rate, cfg.betas)
-        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer, factor=0.1, patience=cfg.patience, min_lr=cfg.learning_rate / 100, eps=0)
-        parts = {"net": net, "discriminators": discriminators, "optimizer": optimizer,
-                 "optimizer_d": optimizer_d, "schedule": schedule}
-        start, rows = 0, []
-        if args.resume:
-            state = common.load_checkpoint(args.checkpoint, SCRIPT, device)
-            start, rows = state["step"], state["rows"]
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-        forward, forward_d = net, discriminators
-        if world > 1:
-            forward = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False,
-                                                          find_unused_parameters=cfg.warp_steps > 0)
-            forward_d = nn.parallel.DistributedDataParallel(discriminators, broadcast_buffers=False)
-        batches = torch.utils.data.DataLoader(data, batch_size=None, sampler=range(start, cfg.steps),
-                                              num_workers=args.workers, pin_memory=device.type == "cuda")
-        align = cfg.warped and cfg.weight_landmark > 0
-        progress = common.Progress(f"{SCRIPT} {cfg.variant}", cfg.steps, start, quiet=rank > 0)
-        for step, batch in enumerate(batches, start + 1):
-            degraded, target, guide = (x.to(device, non_blocking=True, memory_format=torch.channels_last)
-                                       for x in batch[:3])
-            landmarks, guide_landmarks = (x.to(device, non_blocking=True) for x in batch[3:])
-            alone = align and step <= cfg.warp_steps                            # WarpNet's pre-training
-            with common.autocast(device):                                       # generator
-                losses = {}
-                if alone:
-                    flow = forward(degraded, guide, flow_only=True)
-                else:
-                    restored, _, flow = forward(degraded, guide)
-                    boxes = landmark_box(landmarks, cfg.size)
-                    discriminators.requires_grad_(False)
-                    with torch.no_grad():
-                        target_features = conv4(encoder, target)
-                    losses = {"pixel": cfg.weight_pixel * pixel_loss(restored, target),
-                              "perceptual": cfg.weight_perceptual * perceptual_loss(
-                                  conv4(encoder, restored), target_features),
-                              "adversarial": adversarial_loss(
-                                  discriminators(degraded, guide, restored, boxes), cfg.weight_adversarial)}
-                if align:
-                    losses |= flow_loss(flow, landmarks, guide_landmarks, cfg)
-            optimizer.zero_grad(set_to_none=True)
-            sum(losses.values()).backward()                                     # Eq. (12)
-            group = optimizer.param_groups[0]
-            left = min((cfg.steps - step + 1) / max(cfg.cooldown * cfg.steps, 1), 1)
-            rate, group["lr"] = group["lr"], group["lr"] * left
-            optimizer.step()
-            group["lr"] = rate
-            if not alone:
-                discriminators.requires_grad_(True)
-                with common.autocast(device):                                   # discriminators
-                    losses["discriminator"] = discriminator_loss(
-                        *(forward_d(degraded, guide, image, boxes) for image in (target, restored.detach())),
-                        cfg.smooth)
-                optimizer_d.zero_grad(set_to_none=True)
-                losses["discriminator"].backward()
-                optimizer_d.step()
-            last = step == cfg.steps or step % cfg.validate_every == 0
-            if last or step % 10 == 0:                                # the only place that waits for the GPU
-                values = {name: loss.item() for name, loss in losses.items()}
-                if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-                    raise InputError(f"step {step}: the {', '.join(bad)} loss is not finite; the last good "
-                                     f"state is in {args.checkpoint}; try a lower learning rate")
-                rows.append({"step": step, **values})
-                progress.update(step, "  ".join(f"{name} {value:.3f}" for name, value in values.items()))
-            if last:
-                reconstruction, quality, gap = validate(net, encoder, faces, common.spread(validation, 32),
-                                                        cfg, device)
-                if not math.isfinite(reconstruction):
-                    raise InputError(f"step {step}: the validation loss is not finite; the last good state "
-                                     f"is in {args.checkpoint}")
-                if not alone:
-                    schedule.step(reconstruction)
-                optimizer_d.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
-                rows[-1] |= {"validation": reconstruction, "validation_psnr": quality,
-                             "landmark_error": gap, "rate": rate * left}
-                if rank == 0:
-                    progress.line(f"step {step}: validation reconstruction {reconstruction:.3f}, "
-                                  f"PSNR {quality:.2f} dB"
-                                  + (f", landmarks {gap:.2f} pixels off" if cfg.warped else ""))
-                    common.save_checkpoint(args.checkpoint, {
-                        "script": SCRIPT, "config": asdict(cfg), "step": step, "rows": rows,
-                        **{name: part.state_dict() for name, part in parts.items()}})
-                    common.write_log(out, rows)
-        if rank == 0:
-            progress.close()
-            finish(net, faces, test, cfg, args, device, time.monotonic() - begin)
+    """Train on args.data, write the run into args.folder; see Config for every number."""
+    faces = common.load_faces(args, cfg.size, need_landmarks=True)
+    people, validation, test = common.split_identities(faces)
+    validation = common.spread(list(choose_guides(faces, validation)), cfg.validated)
+    test = common.spread(list(choose_guides(faces, test)), cfg.tested)
+    encoder = common.load_encoder(cfg.encoder, args, faces)
+
+    torch.manual_seed(cfg.seed)
+    net = GFRNet(cfg).to(args.device, memory_format=torch.channels_last)
+    discriminators = Discriminators(cfg.discriminator_width)
+    discriminators.to(args.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(net.parameters(), betas=cfg.betas, fused=True)
+    optimizer_d = torch.optim.Adam(discriminators.parameters(), betas=cfg.betas, fused=True)
+    # WarpNet's own steps, fixed when the run began. Without a flow loss they are skipped.
+    warp_steps = (args.state or {}).get("warp_steps", round(cfg.warp_share * cfg.steps))
+    skipped = 0 if cfg.learns_flow else warp_steps
+    run = common.Run(SCRIPT, cfg, args, faces, steps=cfg.steps - skipped, net=net,
+                     frozen={"encoder": encoder}, discriminators=discriminators,
+                     optimizer=optimizer, optimizer_d=optimizer_d, warp_steps=warp_steps)
+    forward, = common.parallel(net, find_unused=cfg.learns_flow)
+    forward_d, = common.parallel(discriminators)
+
+    for step, batch in run.batches(Batches(faces, people, cfg)):
+        degraded, target, guide, landmarks, guide_landmarks = batch
+        common.set_rate(cfg.rate(step + skipped) * run.factor, optimizer, optimizer_d)
+        alone = step + skipped <= warp_steps
+
+        # Generator
+        losses = {}
+        discriminators.requires_grad_(False)
+        with common.autocast(args.device, args.precision):
+            if alone:
+                flow = forward(degraded, guide, flow_only=True)
+            else:
+                restored, _, flow = forward(degraded, guide)
+                boxes = landmark_box(landmarks, cfg.size)
+                losses = reconstruction_loss(restored, target, encoder, cfg)
+                fake = discriminators(degraded, guide, restored, boxes)
+                losses["adversarial"] = adversarial_loss(fake, cfg.weight_adversarial)
+            if cfg.learns_flow:
+                losses |= flow_loss(flow, landmarks, guide_landmarks, cfg)
+        optimizer.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()                                         # Eq. (12)
+        optimizer.step()
+
+        # Discriminators
+        if not alone:
+            discriminators.requires_grad_(True)
+            with common.autocast(args.device, args.precision):
+                real = forward_d(degraded, guide, target, boxes)
+                fake = forward_d(degraded, guide, restored.detach(), boxes)
+                losses["discriminator"] = discriminator_loss(real, fake, cfg.smooth)
+            optimizer_d.zero_grad(set_to_none=True)
+            losses["discriminator"].backward()
+            optimizer_d.step()
+
+        run.log(step, losses)
+        if run.due(step):
+            if step + skipped - cfg.validate_every <= warp_steps:
+                run.forget_best()                  # it is a loss of before RecNet began
+            run.save(step, validate(net, encoder, faces, validation, cfg))
+
+    table = evaluate(net, faces, test, cfg, args)
+    common.report(run, table, samples(net, faces, test, cfg))
 
 
 @torch.inference_mode()
-def validate(net, encoder, faces, indices, cfg, device):
-    """Reconstruction loss (Eq. 6), PSNR in dB and landmark error in pixels on held-out faces, always
-    degraded alike."""
-    totals = torch.zeros(3)
-    for batch in restored_batches(net, faces, indices, cfg, device, None):
+def validate(net, encoder, faces, indices, cfg):
+    """Reconstruction loss, Eq. (6), PSNR in dB and landmark error in pixels on held-out
+    faces, always degraded alike."""
+    device = next(net.parameters()).device
+    found = []
+    for batch in restored_batches(net, faces, indices, cfg, None):
+        restored, target = batch["restored"].to(device), batch["target"].to(device)
         with common.autocast(device):
-            a, b = (conv4(encoder, batch[name].to(device)) for name in ("restored", "target"))
-        loss = (cfg.weight_pixel * pixel_loss(batch["restored"], batch["target"])
-                + cfg.weight_perceptual * perceptual_loss(a, b).cpu()) * len(a)
-        gap = landmark_error(batch["flow"], batch["landmarks"], batch["guide_landmarks"]).sum()
-        totals += torch.stack([loss, common.psnr(batch["restored"], batch["target"]).sum(), gap])
-    return (totals / len(choose_guides(faces, indices))).tolist()
-
-
-def finish(net, faces, test, cfg, args, device, seconds):
-    """Measure on held-out people; write result.json, samples.png (at ×4) and flow.png; print the table and
-    what was written."""
-    out, net = Path(args.out), net.eval()
-    result = {"script": SCRIPT, "variant": cfg.variant, "preset": cfg.preset,
-              "data": str(args.data or "rendered"), "size": cfg.size,
-              "steps": cfg.steps, "seconds": round(seconds, 1),
-              "test": evaluate(net, faces, common.spread(test, 128), cfg, device, args.precision)}
-    common.write_json(out / "result.json", result)
-    batch = next(restored_batches(net, faces, common.spread(test, 6), cfg, device, 4,
-                                  precision=args.precision))
-    shown = [name for name in ("degraded", "guide", "warped", "restored", "target")
-             if (name != "warped" or cfg.warped) and (name != "guide" or cfg.guided)]
-    common.write_image(out / "samples.png", common.comparison_grid({name: batch[name] for name in shown}))
-    if cfg.warped:
-        draw_flow(out / "flow.png", batch)
-    common.print_table(result["test"])
-    for task, row in result["test"].items():
+            loss = sum(reconstruction_loss(restored, target, encoder, cfg).values()).cpu()
+        quality = common.psnr(restored, target).cpu()
+        columns = [loss.expand_as(quality), quality]
         if cfg.warped:
-            print(f"{task}: landmarks of the warped guide {row['landmark_error']['warped']:.2f} pixels off, "
-                  f"of the guide as it is {row['landmark_error']['guide']:.2f}")
-    written = [name for name in ("checkpoint.pt", "config.json", "log.csv", "curves.png", "samples.png",
-                                 "flow.png", "result.json") if (out / name).is_file()]
-    print(f"\n{out}: {', '.join(written)}")
+            columns.append(landmark_error(batch["flow"], batch["landmarks"],
+                                          batch["guide_landmarks"]))
+        found.append(torch.stack(columns))
+    names = ("validation", "validation_psnr", "landmark_error")
+    return dict(zip(names, torch.cat(found, 1).mean(1).tolist()))
 
 
-def draw_flow(path, batch, faces=4):
-    """flow.png, a row a face: the guide with the curves that become straight lines, the warped guide with
-    that grid and the target's landmarks, and how far every pixel is moved."""
-    size, count = batch["guide"].shape[-1], min(faces, len(batch["guide"]))
-    figure = matplotlib.figure.Figure(figsize=(10, 3.1 * count), layout="constrained")
-    axes = figure.subplots(count, 3, squeeze=False)
-    lines = torch.arange(size // 16, size, size // 8)
-    for row, guide, warped, flow, marks in zip(axes, batch["guide"], batch["warped"], batch["flow"],
-                                               batch["landmarks"]):
-        x, y = ((flow + 1) * size - 1) / 2
-        straight = torch.arange(size)
-        for axis, image in zip(row, (guide, warped)):
-            axis.imshow(common.to_uint8(image).permute(1, 2, 0).numpy())
-        for k in lines:
-            row[0].plot(x[k], y[k], "w-", x[:, k], y[:, k], "w-", linewidth=0.7)
-            row[1].plot(straight, straight * 0 + k, "w-", straight * 0 + k, straight, "w-", linewidth=0.7)
-        row[1].plot(*marks.T, "c.", markersize=3)
-        move = torch.stack([x, y]) - ((identity_flow(size)[0] + 1) * size - 1) / 2
-        picture = row[2].imshow(move.norm(dim=0).numpy(), cmap="viridis")
-        figure.colorbar(picture, ax=row[2], label="pixels")
-        for axis in row:
-            axis.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xticks=[], yticks=[])
-    for axis, title in zip(axes[0], ("guide, where the grid is read", "warped guide, target landmarks",
-                                     "length of the flow")):
-        axis.set_title(title)
-    with common.replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=90)
+def samples(net, faces, indices, cfg):
+    """Pictures of six held-out faces, degraded ×4, and of the flows for them."""
+    batch = next(restored_batches(net, faces, common.spread(indices, 6), cfg, 4))
+    names = ["degraded", "guide", "warped", "restored", "target"]
+    if not cfg.warped:
+        names.remove("warped")
+    if not cfg.guided:
+        names.remove("guide")
+    columns = {name: batch[name] for name in names}
+    pictures = {"samples.png": common.comparison_grid(columns)}
+    if cfg.warped:
+        pictures["flow.png"] = draw_flow(batch)
+    return pictures
 
 
-# -----------------------------------------------------------------------------------------------------------
+def draw_flow(batch):
+    """A column a face: the guide under the lines that the flow makes straight, and the
+    warped guide under these straight lines, with the target's landmarks."""
+    count, _, size, _ = batch["guide"].shape
+    figure = matplotlib.figure.Figure(figsize=(2.5 * count, 5), layout="constrained")
+    axes = figure.subplots(2, count, squeeze=False)
+    straight = identity_flow(size)[0]
+    for k in range(count):
+        upper, lower = axes[:, k]
+        draw_grid(upper, batch["guide"][k], batch["flow"][k])
+        draw_grid(lower, batch["warped"][k], straight)
+        lower.plot(*batch["landmarks"][k].T, "c.", markersize=2)
+    axes[0, 0].set_ylabel("guide, where it is read")
+    axes[1, 0].set_ylabel("warped guide, target's landmarks")
+    return figure
+
+
+def draw_grid(axis, image, flow):
+    """An image under lines: where a flow (2,H,W) finds eight of its rows and columns."""
+    size = image.shape[-1]
+    x, y = ((flow + 1) * size - 1) / 2                        # in pixels
+    axis.imshow(common.to_uint8(image).permute(1, 2, 0).numpy())
+    for k in range(size // 16, size, size // 8):
+        axis.plot(x[k], y[k], "w-", linewidth=0.7)
+        axis.plot(x[:, k], y[:, k], "w-", linewidth=0.7)
+    axis.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xticks=[], yticks=[])
+
+
+# --------------------------------------------------------------------------------------
 # 7. Restoration
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
-@torch.inference_mode()
 def restore(net, degraded, guides, batch=8, precision="auto"):
-    """Restore faces: degraded, guides (N,3,size,size) in [-1,1] → restored, the same, warped,
-    flow (N,2,size,size), the last two None where the network has none; all on the CPU. Out of GPU memory,
-    the batch is halved, with a line that says so."""
-    device, results, start = next(net.parameters()).device, [], 0
-    training = net.training
-    net.eval()
-    while start < len(degraded):
-        part = slice(start, start + batch)
-        try:
-            with common.autocast(device, precision):
-                images, guide = (x[part].to(device, memory_format=torch.channels_last)
-                                 for x in (degraded, guides))
-                restored, warped, flow = net(images, guide)
-                results.append([x if x is None else x.float().clamp(-1, 1).cpu()
-                                for x in (restored, warped, flow)])
-            start += batch
-        except torch.cuda.OutOfMemoryError:
-            if batch == 1:
-                raise InputError("not enough GPU memory for one face; use --device cpu or a smaller "
-                                 "--size") from None
-            batch //= 2
-            print(f"out of GPU memory: going on with {batch} faces at a time", file=sys.stderr)
-    net.train(training)
-    return [None if parts[0] is None else torch.cat(parts) for parts in zip(*results)]
+    """Restore faces: degraded, guides (N,3,size,size) in [-1,1] → restored, warped, flow,
+    on the CPU; the last two None where the network has none."""
+    with common.inference(net, precision) as device:
+
+        def some(part):
+            images = degraded[part].to(device, memory_format=torch.channels_last)
+            guide = guides[part].to(device, memory_format=torch.channels_last)
+            results = net(images, guide)
+            return [x if x is None else x.float().clamp(-1, 1).cpu() for x in results]
+
+        return common.in_batches(some, len(degraded), batch)
 
 
-def restored_batches(net, faces, indices, cfg, device, scale, batch=16, precision="auto"):
-    """Held-out faces in batches, by name: degraded, guide, warped, flow, restored, target, landmarks,
-    guide_landmarks. Degraded by (seed, scale, place) alone. Without WarpNet the flow is the identity."""
-    guides = choose_guides(faces, indices, cfg.stranger)
-    if not guides:
-        raise InputError("no held-out person has two pictures, one to restore and one to guide; "
-                         "--data wants one folder per identity, each with several pictures")
-    chosen, stack = list(guides), common.stack_faces if cfg.stranger else common.stack_person
-    for start in range(0, len(chosen), batch):
-        part = chosen[start:start + batch]
-        pairs = [stack(faces, [i, guides[i]]) for i in part]
-        (target, guide), (landmarks, guide_landmarks) = (torch.stack(x).unbind(1) for x in zip(*pairs))
+def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto"):
+    """Held-out faces in batches, a dict of all that belongs to them; degraded by (seed,
+    scale, place) alone."""
+    guides = choose_guides(faces, indices)
+    targets = list(guides)
+    for start in range(0, len(targets), batch):
+        pairs = [load_pair(faces, i, guides, cfg, common.seeded(cfg.seed, 5, i))
+                 for i in targets[start:start + batch]]
+        target, guide = torch.stack([images for images, _ in pairs], 1)
+        landmarks, guide_landmarks = torch.stack([points for _, points in pairs], 1)
         generator = common.seeded(cfg.seed, 4, scale or 0, start)
-        degraded = common.degrade(target, common.DEGRADATIONS[cfg.degradation], generator, scale)
+        degradation = common.DEGRADATIONS[cfg.degradation]
+        degraded = common.degrade(target, degradation, generator, scale)
         restored, warped, flow = restore(net, degraded, guide, batch, precision)
-        yield {"degraded": degraded, "guide": guide, "warped": warped, "restored": restored,
-               "target": target,
-               "flow": identity_flow(cfg.size).expand(len(part), -1, -1, -1) if flow is None else flow,
-               "landmarks": landmarks, "guide_landmarks": guide_landmarks}
+        yield {"degraded": degraded, "guide": guide, "warped": warped, "flow": flow,
+               "restored": restored, "target": target, "landmarks": landmarks,
+               "guide_landmarks": guide_landmarks}
 
 
 def landmark_error(flow, landmarks, guide_landmarks):
-    """How far, in pixels, the flow at the target's landmarks lies from the guide's: (B,), means over 68."""
+    """How far, in pixels, the flow at the landmarks is from those of the guide: (B,)."""
     gap = sample_flow(flow, landmarks) - normalise(guide_landmarks, flow.shape[-1])
     return gap.norm(dim=2).mean(1) * flow.shape[-1] / 2
 
 
-def evaluate(net, faces, indices, cfg, device, precision="auto"):
-    """The paper's ×4, ×8 on held-out faces → "test" of result.json: PSNR dB, SSIM, identity in degrees; with
-    a WarpNet also the landmark error in pixels, of the warped guide and of the guide as it is."""
-    judge = common.recogniser(faces, "metric")
+def evaluate(net, faces, indices, cfg, args):
+    """The paper's ×4 and ×8 and random scales on held-out faces → "test" of result.json.
+
+    The column `stranger` is what a guided network makes of somebody else's guide.
+    """
+    metrics = common.metrics(faces, args)
+    columns = {"input": "degraded", "restored": "restored"}
+    if cfg.guided and not cfg.stranger and len(faces.identity.unique()) > 1:
+        columns["stranger"] = "mistaken"
+    wrong = replace(cfg, stranger=True)
+    precision = args.precision
     table = {}
-    for scale in (4, 8):
-        columns, gaps = {"input": [], "restored": []}, []
-        for batch in restored_batches(net, faces, indices, cfg, device, scale, precision=precision):
-            target = batch["target"]
-            for name, image in (("input", batch["degraded"]), ("restored", batch["restored"])):
-                columns[name].append(torch.stack([common.psnr(image, target), common.ssim(image, target),
-                                                  common.identity_distance(judge, image, target)]))
-            flows = batch["flow"], identity_flow(cfg.size).expand_as(batch["flow"])
-            gaps.append(torch.stack([landmark_error(flow, batch["landmarks"], batch["guide_landmarks"])
-                                     for flow in flows]))
-        values = {name: torch.cat(column, 1) for name, column in columns.items()}
-        table[f"x{scale}"] = {"faces": values["input"].shape[1], **{
-            name: dict(zip(("psnr", "ssim", "identity"), value.mean(1).tolist()))
-            for name, value in values.items()},
-            "paired_psnr_gain": common.paired_gain(values["restored"][0], values["input"][0], cfg.seed)}
-        if cfg.warped:
-            table[f"x{scale}"]["landmark_error"] = dict(zip(("warped", "guide"),
-                                                            torch.cat(gaps, 1).mean(1).tolist()))
+    for task, scale in common.TASKS.items():
+        batches = restored_batches(net, faces, indices, cfg, scale, precision=precision)
+        others = restored_batches(net, faces, indices, wrong, scale, precision=precision)
+        if "stranger" in columns:
+            batches = (batch | {"mistaken": other["restored"]}
+                       for batch, other in zip(batches, others))
+        table[task] = common.measure(batches, metrics, columns)
     return table
 
 
-def benchmark(net, cfg, args, device):
-    """Time restore() on --batch pairs of noise: what a picture shows does not change the speed."""
-    count = args.batch or 1
-    degraded, guides = torch.rand(2, count, 3, cfg.size, cfg.size,
-                                  generator=common.seeded(args.seed or 0, 7)) * 2 - 1
-    return common.benchmark(lambda: restore(net, degraded, guides, count, args.precision), count, device,
-                            args.precision)
+def load_network(args):
+    """The network of the checkpoint, and its Config."""
+    cfg = common.recorded_config(args, Config)
+    net = GFRNet(cfg)
+    common.load_part(net, args.state, "net")
+    return net, cfg
 
 
-def load_network(args, device):
-    """The network of --checkpoint, and its Config."""
-    state = common.load_checkpoint(args.checkpoint, SCRIPT, device)
-    cfg = Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in state["config"].items()})
-    if args.preset and args.preset != cfg.preset:
-        raise InputError(f"{args.checkpoint}: a checkpoint of --preset {cfg.preset}, not {args.preset}")
-    net = GFRNet(cfg).to(device, memory_format=torch.channels_last)
-    net.load_state_dict(state["net"])
-    return net.eval(), cfg
-
-
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 8. Command line
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-
-    def refuse(message):
-        raise InputError(f"{message}; --help lists the options")
-
-    def positive(text):
-        if not text.isdecimal() or int(text) == 0:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-        return int(text)
-
-    def natural(text):
-        if not text.isdecimal():
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
-        return int(text)
-
-    parser.error = refuse
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--train", action="store_true", help="train, then measure on held-out identities")
-    action.add_argument("--evaluate", action="store_true",
-                        help="measure a trained network on held-out identities")
-    action.add_argument("--restore", metavar="PATH", help="restore a picture, or every picture of a folder")
-    action.add_argument("--benchmark", action="store_true", help="time restoration: images/s, peak memory, "
-                                                                 "share of a matrix product's speed")
+    parser = common.arguments(__doc__, PRESETS, VARIANTS)
     parser.add_argument("--reference", metavar="PATH",
-                        help="for --restore: a sharp picture of the same person, frontal, eyes open; of a "
-                             "folder the most frontal one is taken")
-    parser.add_argument("--data", metavar="DIR",
-                        help="a folder of one folder per identity (default: rendered faces)")
-    parser.add_argument("--preset", choices=PRESETS,
-                        help="tiny (default): minutes on a CPU; paper: the paper's sizes and schedule")
-    parser.add_argument("--variant", choices=VARIANTS, help="an ablation row of the paper's Table 1")
-    parser.add_argument("--resume", action="store_true",
-                        help="go on exactly where the last checkpoint stopped")
-    parser.add_argument("--size", type=positive, help="pixels, a power of two")
-    parser.add_argument("--steps", type=positive, help="training steps, WarpNet's own included "
-                                                          "(which variants without them leave out)")
-    parser.add_argument("--batch", type=positive, help="pairs a step and process")
-    parser.add_argument("--seed", type=natural, help="fixes data, initialisation and order (default 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-                        help="of restoration: auto is bfloat16 where the processor gains and the result "
-                             "stays the same to the eye")
-    parser.add_argument("--workers", type=natural, default=0,
-                        help="processes that read and degrade images (default 0)")
-    parser.add_argument("--out", metavar="DIR", help=f"the run's folder (default runs/{SCRIPT}), or where "
-                                                     "restored pictures go (restored)")
-    parser.add_argument("--checkpoint", metavar="FILE", help="default: the run's own")
-    parser.add_argument("--weights", metavar="FILE",
-                        help="the authors released none that PyTorch reads: use --checkpoint")
-    parser.add_argument("--vggface", metavar="FILE", help="VGG-Face weights, for the loss of --preset paper")
-    parser.add_argument("--landmarks", metavar="DIR",
-                        help="a parallel folder of landmark files photo.jpg.txt")
-    parser.add_argument("--aligned", action="store_true",
-                        help="pictures are FFHQ-aligned crops; no landmarks needed")
-    parser.add_argument("--overwrite", action="store_true", help="restore pictures again that have a result")
-    parser.add_argument("--check", action="store_true",
-                        help="also write the input with its landmarks and component boxes")
-    args = parser.parse_args(argv)
-    run = Path("runs") / (SCRIPT if args.variant in (None, "full") else f"{SCRIPT}-{args.variant}")
-    if args.restore is None:
-        run = Path(args.out or run)
-    args.out = args.out or ("restored" if args.restore is not None else run)
+                        help="for --restore: a sharp picture of the same person, frontal, "
+                             "eyes open; of a folder the best is taken")
+    args = common.parse(parser, argv, SCRIPT)
     if args.weights is not None:
-        raise InputError(f"--weights {args.weights}: GFRNet's authors released none that PyTorch reads; "
-                         "train it (--train), and name the result with --checkpoint")
-    fresh = args.benchmark and args.checkpoint is None
-    if args.train and args.precision != "auto":
-        raise InputError("--precision and --train do not go together: it is of restoration; training takes "
-                         "bfloat16 where the processor gains")
-    if args.benchmark and args.size and not fresh:
-        raise InputError("--size and --checkpoint do not go together in --benchmark: a trained network has "
-                         "its size")
-    args.checkpoint = args.checkpoint or run / "checkpoint.pt"
-    device = common.choose_device(args.device)
-
-    if args.train or fresh:
-        chosen = {name: getattr(args, name) for name in ("size", "steps", "batch", "seed")
-                  if getattr(args, name) is not None}
-        if args.train and args.resume:
-            _, cfg = load_network(args, torch.device("cpu"))
-            if (args.variant or cfg.variant) != cfg.variant:
-                raise InputError(f"{args.checkpoint}: a checkpoint of --variant {cfg.variant}, "
-                                 f"not {args.variant}")
-            if fixed := [name for name, value in chosen.items()
-                         if name != "steps" and value != getattr(cfg, name)]:
-                raise InputError(f"--resume goes on with the run as it began; --{fixed[0]} cannot change")
-            cfg = replace(cfg, steps=chosen.get("steps", cfg.steps))
-        else:
-            preset, variant = args.preset or "tiny", args.variant or "full"
-            cfg = replace(PRESETS[preset], variant=variant, **VARIANTS[variant], **chosen)
-            if "steps" in chosen:                                  # as large a part of them as before
-                cfg = replace(cfg, warp_steps=cfg.warp_steps * cfg.steps // PRESETS[preset].steps)
-            if not (cfg.warped and cfg.weight_landmark):           # as many end-to-end steps as `full`
-                cfg = replace(cfg, steps=cfg.steps - cfg.warp_steps, warp_steps=0)
+        raise InputError(f"--weights {args.weights}: GFRNet's authors released none that "
+                         "PyTorch reads; train it (--train), and name the result with "
+                         "--checkpoint")
+    if args.train:
+        cfg = common.chosen_config(args, PRESETS, VARIANTS)
         if cfg.size < 64 or cfg.size & (cfg.size - 1):
             raise InputError(f"--size {cfg.size}: must be a power of two, at least 64")
-    if args.train:
         train(cfg, args)
         return 0
-    if fresh:
-        torch.manual_seed(cfg.seed)
-        net = GFRNet(cfg)
-    else:
-        net, cfg = load_network(args, device)
-    net = common.for_inference(net, device, args.precision)
-    if args.benchmark:
-        benchmark(net, cfg, args, device)
-        return 0
+
+    net, cfg = load_network(args)
+    net = common.for_inference(net, args.device, args.precision)
     if args.evaluate:
-        faces = load_faces(cfg, args)
-        test = common.split_identities(faces)[2]
-        finish(net, faces, test, cfg, args, device, 0.0)
+        faces = common.load_faces(args, cfg.size, need_landmarks=True)
+        test = list(choose_guides(faces, common.test_faces(faces, args, None)))
+        if faces.fingerprint == args.state["data"]["fingerprint"]:
+            test = common.spread(test, cfg.tested)
+        run = common.Run(SCRIPT, cfg, args, faces)
+        table = evaluate(net, faces, test, cfg, args)
+        common.report(run, table, samples(net, faces, test, cfg))
         return 0
-    options = {"aligned": args.aligned, "landmarks": args.landmarks, "device": device}
-    guide = torch.zeros(1, 3, cfg.size, cfg.size)
+
+    guide = torch.zeros(1, 3, cfg.size, cfg.size)             # no-guide never looks at it
     if cfg.guided:
         if args.reference is None:
-            raise InputError("--restore wants --reference: a sharp picture of the same person")
-        images, landmarks, files = common.read_references(args.reference, cfg.size, **options)
+            raise InputError("--restore wants --reference: a sharp picture of the same "
+                             "person")
+        images, landmarks, files = common.read_references(args.reference, cfg.size, args)
         best = int(guide_score(landmarks).argmin())
         guide = images[best:best + 1]
         print(f"guide: {files[best]}")
-    failures = common.restore_files(
-        args.restore, args.out, cfg.size,
-        lambda crops, landmarks, file: restore(net, crops, guide.expand_as(crops),
-                                               precision=args.precision)[0],
-        overwrite=args.overwrite, check=args.check, **options)
-    return 1 if failures else 0
+
+    def restore_crops(crops, landmarks, file):
+        return restore(net, crops, guide.expand_as(crops), precision=args.precision)[0]
+
+    return 1 if common.restore_files(args, cfg.size, restore_crops) else 0
 
 
 if __name__ == "__main__":
