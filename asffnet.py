@@ -589,7 +589,7 @@ def with_others(faces, indices):
     chosen = [i for i in indices if count[person[i]] > 1]
     if not chosen:
         raise InputError("no person has two pictures, one to restore and one to guide; "
-                         "--data wants one folder per identity, each with several pictures")
+                         "--data wants a folder per identity, each with several pictures")
     return chosen
 
 
@@ -765,8 +765,7 @@ def samples(net, faces, indices, cfg):
 
 
 def draw_attention(attention, batch):
-    """A row a face: each block's F^m, the mean of its channels, from its least (black) to
-    its largest value (white)."""
+    """A row a face: F^m of each block, the mean of its channels, in its own range."""
     columns = {name: batch[name] for name in ("degraded", "aligned guide")}
     for number, mask in enumerate(attention, 1):
         mask = mask.float().mean(1, keepdim=True).cpu()
@@ -785,9 +784,8 @@ def restore(net, degraded, landmarks, exemplars, exemplar_landmarks, batch=8,
             precision="auto"):
     """Restore faces, each guided by the best of its exemplars.
 
-    degraded (N,3,size,size) in [-1,1], landmarks (N,68,2), exemplars (N,K,3,size,size),
-    exemplar_landmarks (N,K,68,2), or one set (1,K,…) for all → restored, the chosen k
-    (N,), on the CPU.
+    degraded (N,3,size,size) in [-1,1], landmarks (N,68,2), exemplars (N,K,3,size,size) and
+    their landmarks, or one set (1,K,…) for all → restored, the chosen k (N,), on the CPU.
     """
     with common.inference(net, precision) as device:
         chosen = net.select(landmarks.to(device), exemplar_landmarks.to(device)).cpu()
@@ -811,14 +809,13 @@ def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto"
                   for i in targets[start:start + batch]]
         images = torch.stack([images for images, _ in groups])
         points = torch.stack([points for _, points in groups])
-        target, exemplars = images[:, 0].contiguous(), images[:, 1:]
-        landmarks, theirs = points[:, 0], points[:, 1:]
+        target, landmarks = images[:, 0].contiguous(), points[:, 0]
         generator = common.seeded(cfg.seed, 4, scale or 0, start)
         degradation = common.DEGRADATIONS[cfg.degradation]
         degraded = common.degrade(target, degradation, generator, scale)
-        restored, chosen = restore(net, degraded, landmarks, exemplars, theirs, batch,
-                                   precision)
-        guide, guide_landmarks = pick(chosen, exemplars, theirs)
+        sets = images[:, 1:], points[:, 1:]
+        restored, chosen = restore(net, degraded, landmarks, *sets, batch, precision)
+        guide, guide_landmarks = pick(chosen, *sets)
         yield {"degraded": degraded, "guide": guide, "restored": restored,
                "target": target, "landmarks": landmarks,
                "guide_landmarks": guide_landmarks}
@@ -1013,8 +1010,7 @@ class ReleasedASFFNet(ASFFNet):
     def __init__(self, cfg):
         super().__init__(cfg)
         del self.selection
-        channels = cfg.channels
-        width = cfg.width
+        channels, width = cfg.channels, cfg.width
 
         def pointwise():
             return convolution(channels, channels, 1), nn.LeakyReLU(0.2)

@@ -2077,7 +2077,10 @@ def _whole_number(least):
 
 
 def arguments(doc, presets, variants):
-    """A parser with the options that all scripts share. doc: the script's docstring."""
+    """A parser with the options that all scripts share. doc: the script's docstring.
+
+    parser.action: the group of --train, --evaluate and --restore, one of which is given.
+    """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False)
 
     def refuse(message):
@@ -2085,7 +2088,7 @@ def arguments(doc, presets, variants):
 
     parser.error = refuse
     add = parser.add_argument
-    action = parser.add_mutually_exclusive_group(required=True)
+    action = parser.action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--train", action="store_true", help="train, then measure on held-out people")
     action.add_argument("--evaluate", action="store_true", help="measure a trained network: on held-out "
                         "people, or on all faces of another --data")

@@ -24,7 +24,7 @@ Open in the paper, chosen here: a training image is blurred by a Gaussian or by 
 kernel with equal chance. What is pasted back is the change of a component, so that the
 input's own detail never passes through RoIAlign. Where boxes overlap, their changes are
 averaged. The dictionary's faces are not balanced by pose and expression. Without
---dictionary-data it is made of the training faces; the paper makes it of FFHQ and trains
+--dictionary-data the training faces make it; the paper makes it of FFHQ and trains
 on VGGFace2. Layers that the paper does not describe (MSDilate, the last convolutions) are
 the released network's. TINY differs from the paper in size, and in what Config says
 beside it. """
@@ -61,7 +61,7 @@ class Config:
 
     encoder: str = "recogniser"              # Ψ; "vgg": VGG-Face, or VGG-19 without a file
     entries: int = 64                        # K, clusters for each component and scale
-    dictionary_images: int = 768             # faces they are made of; 10,000 in the paper
+    dictionary_images: int = 768             # faces that make the dictionaries; 10,000
     kmeans_rounds: int = 15                  # of K-means, at most, from one start
     component_base: int = 256                # pixels that component_sizes refers to
     smallest: int = 4                        # the least of them
@@ -71,7 +71,7 @@ class Config:
     confidence: bool = True                  # Eq. (5)
     width: int = 16                          # channels of the decoder at full size
     paint_blocks: int = 0                    # residual blocks there; 2 as released
-    residual: bool = True                    # Î is added to I^d: nothing learns to copy
+    residual: bool = True                    # what is painted is added to I^d
     discriminator_width: int = 16
 
     weight_pixel: float = 100.0              # λ_l2
@@ -82,8 +82,8 @@ class Config:
     betas: tuple = (0.5, 0.999)              # β1, β2 of Adam
     clip: float | None = 1.0                 # longest gradient; the paper clips none
     cooldown: float = 0.3                    # last part of the steps: the rate falls to 0
-    patience: int | None = None              # validations that are no better, then the rate
-    plateau: float = 0.5                     # falls to this part of itself
+    patience: int | None = None              # validations without a better loss before
+    plateau: float = 0.5                     # the rate falls to this part of itself
     steps: int = 650
     batch: int = 4                           # faces a process and step
     validate_every: int = 50                 # steps; also when a checkpoint is written
@@ -125,7 +125,7 @@ VARIANTS = {                                 # the rows of Tables 2 and 3
     "no-cadain": {"cadain": False}, "no-confidence": {"confidence": False},
     **{f"k{k}": {"entries": k} for k in (16, 64, 128, 256, 512)}}
 COLUMNS = ("x4_psnr", "x4_ssim", "x4_lpips", "x8_psnr", "x8_ssim", "x8_lpips")
-PAPER_FIGURES = {variant: dict(zip(COLUMNS, row)) for variant, row in {      # there
+PAPER_FIGURES = {variant: dict(zip(COLUMNS, row)) for variant, row in {
     "full": (27.54, 0.923, 0.114, 23.73, 0.872, 0.239),
     "0dft": (25.30, 0.896, 0.239, 23.06, 0.839, 0.253),
     "2dft": (26.43, 0.905, 0.161, 23.24, 0.848, 0.261),
@@ -177,7 +177,10 @@ def paste_components(parts, boxes, stride, shape):
 
 
 def statistics(part):
-    """μ and σ of each channel over the positions: (…,C,h,w) → two (…,C,1,1)."""
+    """μ and σ of each channel over the positions: (…,C,h,w) → two (…,C,1,1).
+
+    1e-5 keeps σ of a flat channel above 0, which is divided by.
+    """
     deviation, mean = torch.std_mean(part.float(), (-2, -1), keepdim=True)
     return mean, (deviation.square() + 1e-5).sqrt()
 
@@ -223,8 +226,7 @@ def matching_query(part, cadain):
 
 
 def convolution(before, after, dilation=1):
-    """3×3 under spectral norm, zero-padded to the same size: all of the released
-    network's but the last."""
+    """3×3 under spectral norm, zero-padded to the same size."""
     return spectral_norm(nn.Conv2d(before, after, 3, padding=dilation, dilation=dilation))
 
 
@@ -258,7 +260,6 @@ class DFTBlock(nn.Module):
         self.sizes = sizes
         self.stride = stride
         self.cadain = cfg.cadain
-        self.match = match_features
         for name, size in zip(COMPONENTS, sizes):    # kept in dictionary.pt: gigabytes at full size
             self.register_buffer(name, torch.zeros(cfg.entries, channels, size**2), persistent=False)
         self.confidence = None
@@ -285,7 +286,8 @@ class DFTBlock(nn.Module):
     def matched(self, index, part):
         """RDic* of component number `index` for part (B,C,h,w), Eq. (3) and (4)."""
         entries = self.entries(index)
-        best = entries[self.match(part, entries, self.cadain)]
+        match = match_features if entries.dtype == torch.float32 else match_coarsely
+        best = entries[match(part, entries, self.cadain)]
         return restyle(best, part) if self.cadain else best.float()
 
     def forward(self, features, boxes):
@@ -437,10 +439,10 @@ def perceptual_loss(features, target_features, weights):
 
 
 def discriminator_loss(real, fake):
-    """Eq. (8): −Σ_r E[min(0, D_r(I_↓r) − 1)] + E[min(0, −1 − D_r(Î_↓r))]. real, fake:
-    lists of score maps.
+    """Eq. (8): −Σ_r ( E[min(0, D_r(I_↓r) − 1)] + E[min(0, −1 − D_r(Î_↓r))] ).
 
-    The paper's ℓ is what D maximises; this is its negative, to be minimised.
+    real, fake: lists of score maps. The paper's ℓ is what D maximises; this is its
+    negative, to be minimised.
     """
     return sum(F.relu(1 - r.float()).mean() + F.relu(1 + f.float()).mean()
                for r, f in zip(real, fake))
@@ -553,7 +555,7 @@ def build_dictionary(cfg, encoder, faces, indices, quiet=False):
     for scale in (1, 2, 3, 4):
         features = component_features(cfg, encoder, faces, indices, scale, progress)
         dictionary[f"scale{scale}"] = {}
-        members = {}
+        members = {}                               # scale 4's, the last, are returned
         for number, name in enumerate(COMPONENTS):
             generator = common.seeded(cfg.seed, 3, scale, number)
             centres, cluster, distance = kmeans(features.pop(name), cfg.entries, generator,
@@ -588,22 +590,32 @@ def prepare(cfg, args, faces, people):
     --dictionary-data."""
     if args.resume:
         return load_frozen(args, args.state.get("dictionary_key"))
+    sources = faces
     if args.dictionary_data is not None:
-        faces = common.FaceFolder(args.dictionary_data, cfg.size)
-        people = list(range(len(faces)))
+        sources = common.FaceFolder(args.dictionary_data, cfg.size, device=args.device)
+        people = list(range(len(sources)))
     indices = common.spread(people, cfg.dictionary_images)
-    key = json.dumps([faces.fingerprint, cfg.encoder, args.vggface, cfg.size, cfg.entries,
-                      cfg.dictionary_images, cfg.kmeans_rounds, cfg.seed])
+    key = json.dumps([faces.fingerprint, sources.fingerprint, cfg.encoder, args.vggface,
+                      cfg.size, cfg.entries, cfg.dictionary_images, cfg.kmeans_rounds,
+                      cfg.seed])
     path = args.checkpoint.with_name("dictionary.pt")
     with common.first():
-        if not (path.is_file() and common.load_weights(path).get("key") == key):
+        if not is_dictionary(path, key):
             encoder = common.load_encoder(cfg.encoder, args, faces)
-            dictionary, members = build_dictionary(cfg, encoder, faces, indices)
-            picture = draw_dictionary(cfg, faces, indices, members)
+            dictionary, members = build_dictionary(cfg, encoder, sources, indices)
+            picture = draw_dictionary(cfg, sources, indices, members)
             common.write_image(path.with_suffix(".png"), picture)
             common.save_checkpoint(path, {"key": key, "encoder": common.pack(encoder),
                                           "dictionary": dictionary})
     return load_frozen(args, key)
+
+
+def is_dictionary(path, key):
+    """Whether the file holds these dictionaries; one that is damaged does not."""
+    try:
+        return path.is_file() and common.load_weights(path).get("key") == key
+    except InputError:
+        return False
 
 
 def load_frozen(args, key):
@@ -737,9 +749,12 @@ def evaluate(net, faces, indices, cfg, args):
     """The paper's ×4 and ×8 and random scales on held-out faces → "test" of
     result.json."""
     metrics = common.metrics(faces, args)
-    return {task: common.measure(restored_batches(net, faces, indices, cfg, scale,
-                                                  precision=args.precision), metrics)
-            for task, scale in common.TASKS.items()}
+    table = {}
+    for task, scale in common.TASKS.items():
+        batches = restored_batches(net, faces, indices, cfg, scale,
+                                   precision=args.precision)
+        table[task] = common.measure(batches, metrics)
+    return table
 
 
 def match_coarsely(part, entries, cadain=True):
@@ -751,27 +766,26 @@ def match_coarsely(part, entries, cadain=True):
         coarse = query.to(entries.dtype) @ entries.T
         best = coarse.topk(min(8, len(entries)), 1).indices                            # (B,8)
         scores = (entries[best].float() @ query[:, :, None])[..., 0]
-    return best.gather(1, scores.argmax(1, keepdim=True))[:, 0]
+    winner = scores.argmax(1, keepdim=True)
+    return best.gather(1, winner)[:, 0]
 
 
 def entry_type(device, precision):
-    """How entries are kept to restore with: in float32 the authors' take 3 GB. Rounding
-    them to bfloat16 is small beside the rounding of the features, which are computed in
-    it."""
+    """The type entries are kept in to restore with: the authors' take 3 GB in float32.
+    Where features are computed in bfloat16, rounding the entries adds little error."""
     with common.autocast(device, precision):
         return torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
 
 
 def for_restoration(net, device, precision="auto"):
     """The network and its encoder made ready to restore with, for good: see
-    common.for_inference. Entries are cast as well, but for --variant no-cadain: not
-    centred, they rank by differences too small."""
+    common.for_inference. Entries are cast, too. Those of --variant no-cadain are not:
+    without centring their scores differ too little."""
     common.for_inference(net.encoder, device, precision)
     common.for_inference(net, device, precision)
     dtype = entry_type(device, precision)
     for block in net.blocks.values():
         if block.cadain and dtype != torch.float32:
-            block.match = match_coarsely
             for name in COMPONENTS:
                 setattr(block, name, getattr(block, name).to(dtype))
     return net

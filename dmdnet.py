@@ -21,7 +21,7 @@ Equation → name
     python dmdnet.py --train                    # rendered faces, minutes on two CPU cores
     python dmdnet.py --evaluate                 # on people it has never seen
     python dmdnet.py --restore photo.jpg --reference album/      # --reference is optional
-    python dmdnet.py --restore photo.jpg --reference album/ --save-dictionary person.pt
+    python dmdnet.py --save-dictionary person.pt --reference album/
     python dmdnet.py --restore photo.jpg --dictionary person.pt  # made once, used again
 
 Open in the paper, chosen here: the layers (those of the released network where they fit).
@@ -37,7 +37,9 @@ import itertools
 import math
 import uuid
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import matplotlib.figure
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -991,15 +993,47 @@ def validate(net, encoder, faces, indices, cfg, stage):
 
 
 def samples(net, faces, indices, cfg):
-    """Pictures of six held-out faces, degraded ×4."""
+    """Pictures of six held-out faces, degraded ×4, and of what they read."""
     batch = next(restored_batches(net, faces, common.spread(indices, 6), cfg, 4))
+    pictures = {}
     shown = {"degraded": batch["degraded"]}
     if len(batch["references"]):
         shown["a reference"] = torch.ones_like(batch["target"])        # white without any
         for face, reference in zip(batch["owner"].tolist(), batch["references"]):
             shown["a reference"][face] = reference
+        pictures["readings.png"] = draw_readings(net, batch)
     shown |= {"restored": batch["restored"], "target": batch["target"]}
-    return {"samples.png": common.comparison_grid(shown)}
+    pictures["samples.png"] = common.comparison_grid(shown)
+    return pictures
+
+
+def draw_readings(net, batch):
+    """A row a face: degraded; its references, each with the weight that eyes, nose and
+    mouth give it at the finest scale, Eq. (7); restored, with the mean of Eq. (8)."""
+    readings = net.readings.get(f"scale{min(net.cfg.scales, default=0)}", {})
+    owner, count = batch["owner"], len(batch["target"])
+    widest = owner.bincount().max().item()
+    figure = matplotlib.figure.Figure(figsize=(1.7 * (2 + widest), 2.3 * count),
+                                      layout="constrained")
+    axes = figure.subplots(count, 2 + widest, squeeze=False)
+
+    def show(axis, image, values=None):
+        axis.imshow(common.to_uint8(image).permute(1, 2, 0).numpy())
+        lines = [f"{name.replace('_', ' ')} {value:.2f}"
+                 for name, value in (values or {}).items()]
+        axis.set_title("\n".join(lines), fontsize=7)
+
+    for face, row in enumerate(axes):
+        show(row[0], batch["degraded"][face])
+        for axis, item in zip(row[1:], torch.nonzero(owner == face)[:, 0].tolist()):
+            show(axis, batch["references"][item],
+                 {name: read["specific"][face, item] for name, read in readings.items()})
+        scores = {f"identity score, {name}": read["identity"][face].mean()
+                  for name, read in readings.items() if "identity" in read}
+        show(row[-1], batch["restored"][face], scores)
+        for axis in row:
+            axis.axis("off")
+    return figure
 
 
 # --------------------------------------------------------------------------------------
@@ -1129,7 +1163,8 @@ def person_of(net, args):
     print(f"guided by {len(files)} pictures: {', '.join(map(str, files))}")
     if args.save_dictionary is not None:
         stored = {"maker": maker, "dictionary": specific}
-        common.save_checkpoint(args.save_dictionary, stored)
+        common.save_checkpoint(Path(args.save_dictionary), stored)
+        print(f"{args.save_dictionary}: {len(files)} references")
     return specific
 
 
@@ -1142,8 +1177,8 @@ def main(argv=None):
     common.add_fid(parser)
     parser.add_argument("--reference", metavar="PATH",
                         help="sharp pictures of the same person, a folder or one")
-    parser.add_argument("--save-dictionary", metavar="FILE",
-                        help="store the dictionary of the person of --reference")
+    parser.action.add_argument("--save-dictionary", metavar="FILE",
+                               help="store the dictionary of the person of --reference")
     parser.add_argument("--dictionary", metavar="FILE",
                         help="the same person's dictionary, stored by --save-dictionary")
     args = common.parse(parser, argv, SCRIPT)
@@ -1171,6 +1206,8 @@ def main(argv=None):
                       samples(net, faces, test, cfg))
         return 0
     person = person_of(net, args)
+    if args.save_dictionary:
+        return 0
 
     def restore_crops(crops, landmarks, file):
         return restore(net, crops, landmarks, person, precision=args.precision)

@@ -195,7 +195,7 @@ class Residual(nn.Module):
         same = before == after
         self.shortcut = nn.Identity() if same else convolution(before, after, 1)
         with torch.no_grad():
-            self.body[-1].weight *= 0.1
+            self.body[-1].weight *= 0.1            # close to x, however deep the network
 
     def forward(self, x):
         return self.shortcut(x) + self.body(x)
@@ -256,8 +256,8 @@ class Dictionary(nn.Module):
     def forward(self, features):
         # float32: two codes may be nearly as near. ‖Z‖² is the same for all codes.
         with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-            points = features.float().permute(0, 2, 3, 1)
-            distances = self.codes.square().sum(1) - 2 * points @ self.codes.T
+            points = features.float().permute(0, 2, 3, 1)                      # (B,h,w,C)
+            distances = self.codes.square().sum(1) - 2 * points @ self.codes.T # (B,h,w,M)
             nearest = distances.argmin(-1)
         return F.embedding(nearest, self.codes).permute(0, 3, 1, 2), nearest
 
@@ -285,13 +285,15 @@ def restart_codes(dictionary, usage, features, generator):
     """
     count = len(dictionary.codes)
     unused = torch.nonzero(usage.share < 0.02 / count)[:, 0]
-    points = features.permute(0, 2, 3, 1).flatten(0, 2)
+    points = features.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
+    if common.world() > 1:                                      # of the whole batch
+        shares = [torch.empty_like(points) for _ in range(common.world())]
+        torch.distributed.all_gather(shares, points)
+        points = torch.cat(shares)
     order = torch.randperm(len(points), generator=generator).to(points.device)
     again = torch.arange(len(unused), device=points.device) % len(points)
     dictionary.codes[unused] = points[order[again]]
     usage.share[unused] = 1 / count
-    if common.world() > 1:
-        torch.distributed.broadcast(dictionary.codes, 0)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -364,8 +366,8 @@ class Attention(nn.Module):
             second.weight[:, :, 1, 1] += both.T / 1.2
 
     def forward(self, asking, answering, added):
-        heads = self.multi_head(asking, answering)
-        return self.feed_forward(self.norm(heads + added))
+        heads = self.multi_head(asking, answering)                  # Z_mh
+        return self.feed_forward(self.norm(heads + added))          # Eq. (4), (6)
 
 
 class SFT(nn.Module):
@@ -472,13 +474,13 @@ class RestoreFormer(nn.Module):
             fused = features + (priors - features).detach()
         for block in self.blocks:
             if self.fusion == "mhca":
-                fused = block(features, fused, added=fused)
+                fused = block(features, fused, added=fused)          # Eq. (6)
             elif self.fusion == "mhca-d":
-                fused = block(features, fused, added=features)
+                fused = block(features, fused, added=features)       # exp5
             elif self.fusion == "mhsa":
-                fused = block(fused, fused, added=fused)
+                fused = block(fused, fused, added=fused)             # Eq. (4): exp2, exp3
             else:
-                fused = block(features, fused)
+                fused = block(features, fused)                       # exp4
         return fused
 
     def forward(self, image, with_latents=False):
@@ -815,7 +817,7 @@ def train_stage(stage, cfg, args, faces, encoder, recogniser):
             usage.update(latents.codes)
             if cfg.restarts(step):
                 generator = common.seeded(cfg.seed, 6, step)
-                restart_codes(net.dictionary, usage, latents.features.detach(), generator)
+                restart_codes(net.dictionary, usage, latents.features, generator)
         run.log(step, losses)
         if run.due(step):
             chosen = common.spread(validation, cfg.validated)
@@ -873,7 +875,7 @@ def samples(net, faces, indices, cfg):
 
 
 def attention_pictures(net, images, landmarks):
-    """What the feature at the left eye reads, white most: {"attention 1": (B,3,H,W) …}."""
+    """What the feature at the left eye reads, white most: {"attention 1": (B,3,H,W)}."""
     with common.inference(net) as device:
         maps = net.attention_maps(images.to(device))
     pictures = {}
@@ -965,8 +967,8 @@ def training_config(args):
     """Preset, variant and options; stage 1 ends where it did when the run began."""
     args.dictionary = args.checkpoint.with_name("dictionary.pt")
     if args.resume and args.stage not in (None, args.state["stage"]):
-        raise InputError(f"{args.checkpoint}: not of stage {args.stage}; --resume goes on "
-                         "with the stage that the checkpoint is of")
+        raise InputError(f"{args.checkpoint}: not of stage {args.stage}; --resume goes "
+                         "on with the stage that the checkpoint is of")
     if args.stage == 2 and not args.resume:
         if not args.dictionary.is_file():
             raise InputError(f"{args.dictionary}: missing; stage 2 starts from what "

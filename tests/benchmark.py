@@ -7,7 +7,6 @@ process. The plain form is the released network as its authors wrote it, in eval
 - every spectral norm is computed in every call; float32; NCHW
 - DFDNet brings all entries to the statistics of every component, one face at a time
 - DMDNet paints the result without references before the one with them
-- RestoreFormer doubles a map before it convolves it
 Ours is what --restore uses: `load_official`, then `for_restoration`, under autocast.
 GFRNet's authors released no network: its plain form is the one of the paper, as trained.
 
@@ -60,7 +59,7 @@ def network(method, size, state, files):
 
 
 def unfolded(make, *args):
-    """make(*args), but spectral norms stay as the file has them: W / (uᵀWv), every call."""
+    """make(*args), but spectral norms stay as in the file: W / (uᵀWv) in every call."""
     with mock.patch("torch.nn.utils.parametrize.remove_parametrizations"):
         return make(*args)
 
@@ -80,8 +79,6 @@ def plain_form(method, size, state, files, given, device):
         degraded, boxes, references, their_boxes = given
         specific = net.extract_specific(references[0], their_boxes[0])
         return lambda: two_passes(net, degraded, boxes, specific)[1]
-    if method == "restoreformer":
-        separate_doublings(net.decoder)
     if method == "gfrnet":
         return lambda: net(*given)[0]
     return lambda: net(*given)
@@ -140,17 +137,6 @@ def adain(content, style):
     mean, deviation = statistics(content)
     style_mean, style_deviation = statistics(style)
     return (content - mean) / deviation * style_deviation + style_mean
-
-
-def separate_doublings(decoder):
-    """RestoreFormer's doublings and the convolutions behind them: two layers again."""
-    for level in decoder.up:
-        if isinstance(level.resize, nn.Conv2d):
-            width = level.resize.in_channels
-            layer = nn.Conv2d(width, width, 3, padding=1)
-            layer.load_state_dict(level.resize.state_dict())
-            layer.to(level.resize.weight.device)
-            level.resize = nn.Sequential(nn.Upsample(scale_factor=2), layer)
 
 
 def two_passes(net, degraded, boxes, specific):

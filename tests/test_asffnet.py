@@ -625,6 +625,18 @@ def test_blocks_follow_each_other_and_all_see_the_aligned_guide_and_the_landmark
     assert all(torch.equal(mask, call[4]) for mask, call in zip(net.attention, calls, strict=True))
 
 
+def test_the_guide_is_aligned_before_it_is_given_the_light_of_the_degraded_face():
+    """Eq. (7) takes the statistics of the warped features: those are then the degraded face's."""
+    net, seen = network(), []
+    net.blocks[0].register_forward_hook(lambda module, inputs, output: seen.extend(inputs))
+    with torch.no_grad():
+        net(*some_input())
+    features, guide_features = seen[:2]
+    for statistic in (torch.mean, torch.std):
+        torch.testing.assert_close(statistic(guide_features, (2, 3)), statistic(features, (2, 3)),
+                                   rtol=1e-3, atol=1e-3)
+
+
 def test_untrained_guide_features_are_the_encoders_maps_at_a_quarter_of_the_size():
     net, guide = network(train_guide=False), some_images(2)
     expected = encoder().features(guide)[1]

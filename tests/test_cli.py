@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,20 +24,28 @@ from torch.nn.utils.parametrizations import spectral_norm
 import common
 from common import InputError
 
-# What only a script's runs write; its --reference for --restore; its released network's refusal of sizes.
+# What only a script's runs write, and a size that its network cannot have.
 SCRIPTS = {
     "dfdnet": SimpleNamespace(files={"dictionary.pt", "dictionary.png"}, size=(72, "multiple of 16")),
     "gfrnet": SimpleNamespace(files={"flow.png"}, size=(96, "power of two")),
     "asffnet": SimpleNamespace(files={"attention.png"}, size=(72, "multiple of 16")),
-    "dmdnet": SimpleNamespace(files=set(), size=(72, "multiple of 16")),
+    "dmdnet": SimpleNamespace(files={"readings.png"}, size=(72, "multiple of 16")),
     "restoreformer": SimpleNamespace(files={"dictionary.pt", "reconstructions.png", "attention.png"},
                                      size=(72, "multiple of 16"))}
 GUIDED = ["gfrnet", "asffnet", "dmdnet"]
 TRAINED = ("anna", "bert", "cleo", "dora")         # their names make them training people,
 HELD_OUT = ("una", "emil")                         # a validation person, a test person
 
-# Changes for `run`: no measuring at the end; a loss, a death at a step.
-QUIET = "script.evaluate = script.samples = lambda *a: None; common.report = lambda *a: None\n"
+# Changes for `run`: no curves but the last ones; nothing drawn or measured at all; death at a step.
+LAST_CURVES = """
+write = common._write_log
+common._write_log = lambda folder, rows: write(folder, rows) if rows[-1]["step"] in (1, 6) else None
+"""
+QUIET = """
+script.evaluate = script.samples = script.reconstructions = lambda *a: None
+common.report = common._write_log = lambda *a: None
+common.write_image = lambda *a: None
+"""
 KILLED = """
 import os, signal
 log = common.Run.log
@@ -104,7 +112,7 @@ def train(run, people, tmp_path_factory):
     def train(script, *arguments):
         if (script, *arguments) not in runs:
             cwd = tmp_path_factory.mktemp(script)
-            done = run(script, "--train", "--data", people, *arguments, cwd=cwd)
+            done = run(script, "--train", "--data", people, *arguments, cwd=cwd, changes=LAST_CURVES)
             assert done.status == 0, done.stderr
             folder, = (cwd / "runs").iterdir()
             reference = ["--reference", people / "anna"] if script in GUIDED else []
@@ -141,6 +149,14 @@ def assert_refused(done, script, expected):
     *warnings, line = done.stderr.splitlines()
     assert all(warning.startswith("left out: ") for warning in warnings), done.stderr
     assert line.startswith(f"{script}.py: ") and re.search(expected, line), done.stderr
+
+
+def assert_main_refuses(script, arguments, expected):
+    """main() as called by run_script ends in an InputError of one line, which becomes that line."""
+    main = importlib.import_module(script).main
+    with pytest.raises(InputError, match=expected) as refusal:
+        main([str(argument) for argument in arguments])
+    assert "\n" not in str(refusal.value)
 
 
 def read_json(file):
@@ -386,7 +402,7 @@ def test_a_guided_restoration_wants_a_reference(trained, run, photos, tmp_path):
 
 
 def test_gfrnet_without_guide_wants_no_reference(train, run, photos, tmp_path):
-    trained = train("gfrnet", "--variant", "no-guide", "--steps", "4")
+    trained = train("gfrnet", "--variant", "no-guide", "--steps", "1")
     done = run("gfrnet", "--restore", photos / "0.png", "--checkpoint", trained.checkpoint, cwd=tmp_path)
     assert done.status == 0, done.stderr
     assert (tmp_path / "restored" / "0.png").is_file() and "guide:" not in done.stdout
@@ -441,10 +457,10 @@ def test_asffnet_chooses_for_every_photo_and_says_which(trained, run, people, ph
 @only("dmdnet")
 def test_a_stored_dictionary_restores_as_its_pictures_do(trained, train, run, people, photos, tmp_path):
     checkpoint = ["--checkpoint", trained.checkpoint]
-    done = restore(run, trained, photos / "0.png", "--out", "album", "--save-dictionary", "person.pt",
-                   "--reference", people / "anna", cwd=tmp_path)
+    album = ["--reference", people / "anna"]
+    done = run("dmdnet", "--save-dictionary", "person.pt", *album, *checkpoint, cwd=tmp_path)
     assert done.status == 0 and "guided by 5 pictures" in done.stdout, done.stderr
-    for name, options in {"stored": ["--dictionary", "person.pt"], "none": []}.items():
+    for name, options in {"album": album, "stored": ["--dictionary", "person.pt"], "none": []}.items():
         done = run("dmdnet", "--restore", photos / "0.png", "--out", name, *options, *checkpoint,
                    cwd=tmp_path)
         assert done.status == 0, done.stderr
@@ -453,7 +469,7 @@ def test_a_stored_dictionary_restores_as_its_pictures_do(trained, train, run, pe
     other = train("dmdnet", "--variant", "only-specific", "--steps", "1")
     done = run("dmdnet", "--restore", photos / "0.png", "--dictionary", "person.pt", "--checkpoint",
                other.checkpoint, cwd=tmp_path)
-    assert_refused(done, "dmdnet", "person.pt.*another network")
+    assert_refused(done, "dmdnet", "person.pt: not a dictionary that this network made")
 
 
 @only("gfrnet", "asffnet")
@@ -559,10 +575,9 @@ def test_a_checkpoint_without_one_of_its_parts_is_refused_in_a_line(trained, tra
         torch.save({name: value for name, value in whole.items() if name != part}, tmp_path / "part.pt")
         if (folder / "dictionary.pt").is_file():
             shutil.copy(folder / "dictionary.pt", tmp_path)
-        with pytest.raises(InputError) as refusal:
-            main = importlib.import_module(trained.script).main
-            main(["--train", "--resume", "--checkpoint", "part.pt", "--out", str(folder), "--device", "cpu"])
-        assert "\n" not in str(refusal.value) and (part in str(refusal.value) or part == "script"), part
+        expected = ".*" if part in ("script", "dictionary_key") else f'holds no part "{part}"'
+        assert_main_refuses(trained.script, ["--train", "--resume", "--checkpoint", "part.pt", "--out", folder,
+                                             "--device", "cpu"], expected)
         assert snapshot(folder) == before
 
 
@@ -576,13 +591,13 @@ SMOOTH = "adam = torch.optim.Adam; torch.optim.Adam = lambda *a, **b: adam(*a, e
 def test_two_processes_equal_one_of_twice_their_batch(script, run, people, tmp_path):
     """GFRNet's batch normalisation sees the pictures of its own process only. So do RestoreFormer's restarts,
     which the first process decides."""
-    arguments = ["--train", "--data", people, "--precision", "float32", "--out"]
+    arguments = ["--train", "--data", people, "--steps", 4, "--precision", "float32", "--out"]
     changes = QUIET + SMOOTH + ("tiny(restart_every=0)" if script == "restoreformer" else "")
     done = run(script, *arguments, "one", "--batch", 4, cwd=tmp_path, changes=changes)
     assert done.status == 0, done.stderr
     first, second = run(script, *arguments, "two", cwd=tmp_path, changes=changes, processes=2)
     assert first.status == second.status == 0, first.stderr + second.stderr
-    assert "step 6" in first.stdout and second.stdout == ""
+    assert "step 4: validation" in first.stdout and second.stdout == ""
     assert_same_state(*(tmp_path / name / "checkpoint.pt" for name in ("one", "two")), near=1e-5)
 
 
@@ -892,18 +907,18 @@ BAD_INPUT = {
     "gfrnet": {**EVERYWHERE, **OF_REFERENCES, "flat_data_folder": flat_data_folder,
                "one_picture_a_person": one_picture_a_person,
                "weights": options("--restore", "x.png", "--weights", "w.pth", expected="released none")},
-    "asffnet": {**EVERYWHERE, "one_picture_a_person": one_picture_a_person,
-                "missing_reference": OF_REFERENCES["missing_reference"]},
+    "asffnet": {**EVERYWHERE, "missing_reference": OF_REFERENCES["missing_reference"]},
     "dmdnet": {**EVERYWHERE, "missing_reference": OF_REFERENCES["missing_reference"],
                "two_sources_of_references": lambda work: (
                    [*photo(work), "--reference", work, "--dictionary", "person.pt"], "not both"),
-               "dictionary_of_nobody": lambda work: (
-                   [*photo(work), "--save-dictionary", "person.pt"], "--reference"),
+               "dictionary_of_nobody": options("--save-dictionary", "person.pt", "--checkpoint",
+                                               "checkpoint.pt", expected="wants --reference"),
                "dictionary_that_is_a_checkpoint": lambda work: (
                    [*photo(work), "--dictionary", work / "checkpoint.pt"], "checkpoint.pt.*not a dict")},
     "restoreformer": {**EVERYWHERE,
                       "stage_three": options("--train", "--stage", "3", expected="--stage"),
-                      "stage_of_no_training": options("--evaluate", "--stage", "1", expected="--stage")}}
+                      "stage_of_no_training": options("--evaluate", "--out", ".", "--stage", "1",
+                                                      expected="--stage")}}
 for name, about in SCRIPTS.items():
     number, rule = about.size
     BAD_INPUT[name]["odd_size"] = options("--train", "--size", str(number), expected=f"{number}.*{rule}")
@@ -911,7 +926,7 @@ for name, about in SCRIPTS.items():
 
 @pytest.mark.parametrize("trained, case", [(name, case) for name in SCRIPTS for case in BAD_INPUT[name]],
                          indirect=["trained"])
-def test_bad_input_ends_with_one_line_status_2_and_nothing_lost(trained, case, run, people, tmp_path):
+def test_bad_input_ends_with_one_line_and_nothing_lost(trained, case, people, tmp_path, monkeypatch):
     work = copy_run(trained, tmp_path / "work")
     (work / "people").symlink_to(people)
     (work / "known" / "anna").mkdir(parents=True)
@@ -925,11 +940,16 @@ def test_bad_input_ends_with_one_line_status_2_and_nothing_lost(trained, case, r
     arguments, expected = BAD_INPUT[trained.script][case](work)
     if "--restore" in arguments and not {"--checkpoint", "--weights"} & set(arguments):
         arguments += ["--checkpoint", work / "checkpoint.pt"]
-    if "--restore" in arguments and not {"--reference", "--dictionary", "--save-dictionary"} & set(arguments):
+    if "--restore" in arguments and not {"--reference", "--dictionary"} & set(arguments):
         arguments += trained.reference
+    if not {"--device", "--evaluate"} & set(arguments):
+        arguments += ["--device", "cpu"]
+    script = importlib.import_module(trained.script)
+    changes = eval(f"dict({SHARED}, {TINY[trained.script]})")
+    monkeypatch.setitem(script.PRESETS, "tiny", replace(script.PRESETS["tiny"], **changes))
+    monkeypatch.chdir(work)
     before = snapshot(work)
-    done = run(trained.script, *arguments, cwd=work)
-    assert_refused(done, trained.script, expected)
+    assert_main_refuses(trained.script, arguments, expected)
     after = snapshot(work)
     assert {name: after.get(name) for name in before} == before
 
@@ -950,6 +970,12 @@ def test_a_checkpoint_that_holds_code_is_refused_and_never_run(trained, run, tmp
         assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "evil.pt", weights_only=False)
     assert (tmp_path / "ran").exists()  # it would have
+
+
+@only("dfdnet")
+def test_run_script_turns_a_refusal_into_one_line_and_status_2(trained, run, tmp_path):
+    done = run("dfdnet", "--train", "--data", tmp_path / "nowhere", cwd=tmp_path)
+    assert_refused(done, "dfdnet", "nowhere: no such folder")
 
 
 @pytest.mark.slow
