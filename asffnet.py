@@ -710,7 +710,9 @@ def train(cfg, args):
         if run.due(step):
             run.save(step, validate(net, encoder, faces, validation, cfg))
     test = common.spread(test, cfg.tested)
-    common.report(run, evaluate(net, faces, test, cfg, args), samples(net, faces, test, cfg))
+    table = evaluate(net, faces, test, cfg, args)
+    pictures = samples(net, faces, test, cfg, args.precision)
+    common.report(run, table, pictures)
 
 
 def rank_exemplars(net, distances, optimizer, batch, args):
@@ -745,10 +747,10 @@ def validate(net, encoder, faces, indices, cfg):
     return {"validation": loss, "validation_psnr": quality}
 
 
-def samples(net, faces, indices, cfg):
+def samples(net, faces, indices, cfg, precision="auto"):
     """samples.png: six held-out faces at ×4; attention.png: where they use the guide."""
     indices = common.spread(with_others(faces, indices), 6)
-    batch = next(restored_batches(net, faces, indices, cfg, 4))
+    batch = next(restored_batches(net, faces, indices, cfg, 4, precision=precision))
 
     def align(one):
         return net.align(batch["guide"][one], batch["landmarks"][one],
@@ -866,7 +868,8 @@ def main(argv=None):
         test = common.test_faces(faces, args, cfg.tested)
         run = common.Run(SCRIPT, cfg, args, faces)
         table = evaluate(net, faces, test, cfg, args)
-        common.report(run, table, samples(net, faces, test, cfg))
+        pictures = samples(net, faces, test, cfg, args.precision)
+        common.report(run, table, pictures)
         return 0
 
     if args.reference is None:

@@ -2386,21 +2386,24 @@ def _to_device(batch, device):
 TASKS = {"x4": 4, "x8": 8, "random": None}           # the papers' two, and s drawn as in training
 
 
-def metrics(faces, args=None):
-    """The measures of a restored face, {name: f(image, target) → (B,)}: PSNR in dB,
-    SSIM, identity in degrees, detail, and with --lpips LPIPS. Images (B,3,H,W) in
-    [-1,1].
-
-    The recogniser knows the people that the network was trained on, and none that it is
-    measured on. """
+def judge(faces, args=None):
+    """The recogniser that measures: it knows the people that the network was trained on,
+    and none that the network is measured on."""
     device = torch.device("cpu") if args is None else args.device
     known = faces
     if args is not None and args.state is not None and not _own_faces(faces, args):
         known = _open_faces(args.state["data"], faces.size, False, device)
-    judge = recogniser(known, "metric", device).to(device)
+    return recogniser(known, "metric", device).to(device)
+
+
+def metrics(faces, args=None):
+    """The measures of a restored face, {name: f(image, target) → (B,)}: PSNR in dB,
+    SSIM, identity in degrees, detail, with --lpips also LPIPS. Images in [-1,1]."""
+    network = judge(faces, args)
+    device = next(network.parameters()).device
 
     def identity(image, target):
-        return identity_distance(judge, image.to(device), target.to(device)).cpu()
+        return identity_distance(network, image.to(device), target.to(device)).cpu()
 
     found = {"psnr": psnr, "ssim": ssim, "identity": identity, "detail": detail}
     if args is not None and args.lpips is not None:

@@ -690,7 +690,8 @@ def train(cfg, args):
             run.save(step, validate(net, faces, validation, cfg))
 
     table = evaluate(net, faces, test, cfg, args)
-    common.report(run, table, samples(net, faces, test, cfg))
+    pictures = samples(net, faces, test, cfg, args.precision)
+    common.report(run, table, pictures)
 
 
 @torch.inference_mode()
@@ -709,9 +710,10 @@ def validate(net, faces, indices, cfg):
     return {"validation": loss / len(indices), "validation_psnr": quality / len(indices)}
 
 
-def samples(net, faces, indices, cfg):
+def samples(net, faces, indices, cfg, precision="auto"):
     """Pictures of six held-out faces, degraded ×4."""
-    batch = next(restored_batches(net, faces, common.spread(indices, 6), cfg, 4))
+    six = common.spread(indices, 6)
+    batch = next(restored_batches(net, faces, six, cfg, 4, precision=precision))
     shown = {name: batch[name] for name in ("degraded", "restored", "target")}
     return {"samples.png": common.comparison_grid(shown)}
 
@@ -838,7 +840,8 @@ def main(argv=None):
         test = common.test_faces(faces, args, cfg.tested)
         run = common.Run(SCRIPT, cfg, args, faces)
         table = evaluate(net, faces, test, cfg, args)
-        common.report(run, table, samples(net, faces, test, cfg))
+        pictures = samples(net, faces, test, cfg, args.precision)
+        common.report(run, table, pictures)
         return 0
 
     def restore_crops(crops, landmarks, file):

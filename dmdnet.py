@@ -971,7 +971,9 @@ def train(cfg, args):
             run.save(step, validate(net, encoder, faces, validation, cfg, stage))
 
     test = common.spread(test, cfg.tested)
-    common.report(run, evaluate(net, faces, test, cfg, args), samples(net, faces, test, cfg))
+    table = evaluate(net, faces, test, cfg, args)
+    pictures = samples(net, faces, test, cfg, args.precision)
+    common.report(run, table, pictures)
 
 
 @torch.inference_mode()
@@ -992,9 +994,10 @@ def validate(net, encoder, faces, indices, cfg, stage):
     return {"validation": loss / len(indices), "validation_psnr": quality / len(indices)}
 
 
-def samples(net, faces, indices, cfg):
+def samples(net, faces, indices, cfg, precision="auto"):
     """Pictures of six held-out faces, degraded ×4, and of what they read."""
-    batch = next(restored_batches(net, faces, common.spread(indices, 6), cfg, 4))
+    six = common.spread(indices, 6)
+    batch = next(restored_batches(net, faces, six, cfg, 4, precision=precision))
     pictures = {}
     shown = {"degraded": batch["degraded"]}
     if len(batch["references"]):
@@ -1202,8 +1205,9 @@ def main(argv=None):
         faces = common.load_faces(args, cfg.size)
         test = common.test_faces(faces, args, cfg.tested)
         run = common.Run(SCRIPT, cfg, args, faces)
-        common.report(run, evaluate(net, faces, test, cfg, args),
-                      samples(net, faces, test, cfg))
+        table = evaluate(net, faces, test, cfg, args)
+        pictures = samples(net, faces, test, cfg, args.precision)
+        common.report(run, table, pictures)
         return 0
     person = person_of(net, args)
     if args.save_dictionary:

@@ -558,7 +558,8 @@ def train(cfg, args):
             run.save(step, validate(net, encoder, faces, validation, cfg))
 
     table = evaluate(net, faces, test, cfg, args)
-    common.report(run, table, samples(net, faces, test, cfg))
+    pictures = samples(net, faces, test, cfg, args.precision)
+    common.report(run, table, pictures)
 
 
 @torch.inference_mode()
@@ -581,9 +582,10 @@ def validate(net, encoder, faces, indices, cfg):
     return dict(zip(names, torch.cat(found, 1).mean(1).tolist()))
 
 
-def samples(net, faces, indices, cfg):
+def samples(net, faces, indices, cfg, precision="auto"):
     """Pictures of six held-out faces, degraded ×4, and of the flows for them."""
-    batch = next(restored_batches(net, faces, common.spread(indices, 6), cfg, 4))
+    six = common.spread(indices, 6)
+    batch = next(restored_batches(net, faces, six, cfg, 4, precision=precision))
     names = ["degraded", "guide", "warped", "restored", "target"]
     if not cfg.warped:
         names.remove("warped")
@@ -727,7 +729,8 @@ def main(argv=None):
             test = common.spread(test, cfg.tested)
         run = common.Run(SCRIPT, cfg, args, faces)
         table = evaluate(net, faces, test, cfg, args)
-        common.report(run, table, samples(net, faces, test, cfg))
+        pictures = samples(net, faces, test, cfg, args.precision)
+        common.report(run, table, pictures)
         return 0
 
     guide = torch.zeros(1, 3, cfg.size, cfg.size)             # no-guide never looks at it

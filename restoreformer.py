@@ -760,7 +760,8 @@ def train(cfg, args):
     net, run = train_stage(2, cfg, args, faces, encoder, recogniser)
     test = common.spread(test, cfg.tested)
     table = evaluate(net, faces, test, cfg, args)
-    common.report(run, table, samples(net, faces, test, cfg))
+    pictures = samples(net, faces, test, cfg, args.precision)
+    common.report(run, table, pictures)
 
 
 def train_stage(stage, cfg, args, faces, encoder, recogniser):
@@ -863,9 +864,10 @@ def validate(net, encoder, faces, indices, cfg, stage):
             "perplexity": entropy.exp().item(), "used": (met > 0).float().mean().item()}
 
 
-def samples(net, faces, indices, cfg):
+def samples(net, faces, indices, cfg, precision="auto"):
     """Pictures of six held-out faces, degraded ×4, and of what their left eyes read."""
-    batch = next(restored_batches(net, faces, common.spread(indices, 6), cfg, 4))
+    six = common.spread(indices, 6)
+    batch = next(restored_batches(net, faces, six, cfg, 4, precision=precision))
     shown = {name: batch[name] for name in ("degraded", "restored", "target")}
     pictures = {"samples.png": common.comparison_grid(shown)}
     if read := attention_pictures(net, batch["degraded"], batch["landmarks"]):
@@ -922,9 +924,26 @@ def restored_batches(net, faces, indices, cfg, scale, stage=2, batch=16,
                "landmarks": landmarks}
 
 
+@torch.inference_mode()
+def feature_distance(judge, image, target):
+    """Perceptual distance without published weights: (B,3,H,W) twice → (B,).
+
+    The squared distance of a recogniser's features, each position's scaled to length 1, a
+    mean over positions and over its four maps.
+    """
+    device = next(judge.parameters()).device
+    total = 0
+    for one, two in zip(judge.features(image.to(device)), judge.features(target.to(device))):
+        gap = F.normalize(one, dim=1) - F.normalize(two, dim=1)
+        total += gap.square().sum(1).mean((1, 2)).cpu() / 4
+    return total
+
+
 def evaluate(net, faces, indices, cfg, args):
     """×4, ×8 and the paper's random scales on held-out faces → "test" of result.json."""
     metrics = common.metrics(faces, args)
+    judge = common.judge(faces, args)
+    metrics["features"] = lambda image, target: feature_distance(judge, image, target)
     if args.arcface is not None:
         eta = common.ArcFace(args.arcface).to(args.device)
         metrics["identity"] = lambda image, target: common.identity_distance(
@@ -979,7 +998,8 @@ def training_config(args):
     first = 1
     if args.state is not None:
         first = common.recorded_config(args, Config).dictionary_steps
-        cfg = replace(cfg, dictionary_share=first / cfg.steps)
+        if cfg.dictionary_steps != first:
+            cfg = replace(cfg, dictionary_share=first / cfg.steps)
     if cfg.steps <= first:
         raise InputError(f"--steps {cfg.steps}: must be more than stage 1's {first}")
     return cfg
@@ -1009,7 +1029,8 @@ def main(argv=None):
         test = common.test_faces(faces, args, cfg.tested)
         run = common.Run(SCRIPT, cfg, args, faces)
         table = evaluate(net, faces, test, cfg, args)
-        common.report(run, table, samples(net, faces, test, cfg))
+        pictures = samples(net, faces, test, cfg, args.precision)
+        common.report(run, table, pictures)
         return 0
 
     def restore_crops(crops, landmarks, file):

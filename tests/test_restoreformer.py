@@ -812,6 +812,7 @@ def test_with_a_file_of_arcface_identity_is_measured_by_it(faces, monkeypatch):
     eta = recogniser((4, 4, 4, 4), seed=8)
     monkeypatch.setattr(common, "ArcFace", lambda file: {"arcface.pth": eta}[file])
     monkeypatch.setattr(common, "metrics", lambda *_: {"psnr": common.psnr, "identity": None})
+    monkeypatch.setattr(common, "judge", lambda *_: eta)
     args = SimpleNamespace(arcface="arcface.pth", fid=None, device="cpu", precision="float32")
     net = network().eval()
     table = rf.evaluate(net, faces, [3, 40], SMALL, args)
@@ -822,6 +823,22 @@ def test_with_a_file_of_arcface_identity_is_measured_by_it(faces, monkeypatch):
             cosine = F.cosine_similarity(eta(batch[name]), eta(batch["target"]))
         angle = cosine.arccos().rad2deg().mean().item()
         assert table["x8"][column]["identity"] == pytest.approx(angle, rel=1e-3)
+
+
+def test_feature_distance_is_that_of_unit_features_place_by_place():
+    judge = recogniser((4, 4, 4, 4), seed=8)
+    image, target = random(2, 3, 64, 64), random(2, 3, 64, 64, seed=1)
+    expected = []
+    for k in range(2):
+        total = 0.0
+        pairs = zip(judge.features(image[k:k + 1]), judge.features(target[k:k + 1]))
+        for one, two in pairs:
+            for x, y in zip(one[0].flatten(1).T, two[0].flatten(1).T):
+                x, y = x / x.norm().clamp(min=1e-12), y / y.norm().clamp(min=1e-12)
+                total += (x - y).square().sum().item() / one[0, 0].numel() / 4
+        expected.append(total)
+    torch.testing.assert_close(rf.feature_distance(judge, image, target),
+                               torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("made", [network, released])
