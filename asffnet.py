@@ -655,6 +655,7 @@ def train(cfg, args):
     """Train on args.data, write the run into args.folder; see Config for every number."""
     faces = common.load_faces(args, cfg.size, need_landmarks=True)
     people, validation, test = common.split_identities(faces)
+    batches = Batches(faces, people, cfg)
     encoder = common.load_encoder(cfg.encoder, args, faces)
 
     torch.manual_seed(cfg.seed)
@@ -671,7 +672,7 @@ def train(cfg, args):
     forward, forward_d = common.parallel(net, discriminator)
     distances, = common.parallel(net.selection.requires_grad_(True))   # a step of its own
 
-    for step, batch in run.batches(Batches(faces, people, cfg)):
+    for step, batch in run.batches(batches):
         degraded, target, landmarks, exemplars, exemplar_landmarks = batch
         common.set_rate(cfg.rate(step) * run.factor, optimizer, optimizer_d, optimizer_w)
 

@@ -1929,6 +1929,14 @@ def _replacing(path):
             temporary.unlink(missing_ok=True)
 
 
+def _make_folder(path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made ({error.strerror or error}); "
+                         "choose another --out") from None
+
+
 def _write_json(path, value):
     with _replacing(path) as temporary:
         text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
@@ -2152,6 +2160,8 @@ def parse(parser, argv, script):
     if args.restore is None and args.out is not None:
         args.folder = Path(args.out)
     args.out = Path(args.out or "restored")
+    if args.train:
+        _make_folder(args.folder)                    # now, not after minutes of preparation
     args.checkpoint = Path(args.checkpoint or args.folder / "checkpoint.pt")
     args.state = None
     if args.weights is None and (args.resume or not args.train):
