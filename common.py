@@ -51,6 +51,27 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn.utils import parametrize
 
+__all__ = [       # what scripts, notebooks and README use; a rename is a decision
+    "ArcFace", "CACHE", "COMPONENTS", "DEGRADATIONS", "Degradation", "FFHQ_TEMPLATE",
+    "FID", "Face", "FaceFolder", "INNER_LIP", "InputError", "JAW", "LEFT_EYE",
+    "LPIPS", "NOSE_BASE", "NOSE_BRIDGE", "OUTER_LIP", "Progress", "RIGHT_EYE",
+    "Range", "Recogniser", "RenderedFaces", "Run", "TASKS", "VGG", "add_fid",
+    "align_face", "angular_margin_loss", "arguments", "augment", "autocast", "blur",
+    "channels_last", "check_size", "chosen_config", "comparison_grid",
+    "component_boxes", "degrade", "detail", "detect_landmarks", "draw_landmarks",
+    "face_matrix", "first", "five_points", "for_inference", "frechet_distance",
+    "gaussian_matrix", "identity_distance", "in_batches", "inference",
+    "invert_matrix", "jpeg", "judge", "keep_freed_memory", "landmark_heatmaps",
+    "landmark_mask", "load_checkpoint", "load_encoder", "load_faces", "load_fid",
+    "load_named", "load_part", "load_weights", "mean_landmarks", "measure", "metrics",
+    "motion_kernels", "pack", "paired_gain", "parallel", "parse", "paste_face",
+    "psnr", "rank", "read_image", "read_landmarks", "read_published",
+    "read_references", "recogniser", "recorded_config", "renamed", "report",
+    "restore_files", "run_script", "save_checkpoint", "seeded", "set_rate", "show",
+    "similarity", "split_identities", "spread", "ssim", "stack_faces", "stack_person",
+    "test_faces", "to_uint8", "transform_points", "unpack", "warp_affine", "world",
+    "write_image", "write_landmarks"]
+
 CACHE = Path(os.environ.get("FACE_RESTORATION_CACHE", "~/.cache/face-restoration")).expanduser()
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
 
@@ -1933,7 +1954,7 @@ def _make_folder(path):
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{path}: cannot be made ({error.strerror or error}); "
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); "
                          "choose another --out") from None
 
 

@@ -36,8 +36,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import common  # noqa: E402
 import official  # noqa: E402
+
+import common  # noqa: E402
 
 METHODS = ("gfrnet", "asffnet", "dfdnet", "dmdnet", "restoreformer")
 PRODUCTS = {"cpu": 4, "cuda": 100}      # matrix products timed at once, by device

@@ -1,12 +1,11 @@
 """benchmark.py: the plain dictionary transfer, the measuring, what both forms paint."""
 import types
 
+import benchmark
+import official
 import pytest
 import torch
 from torch import nn
-
-import benchmark
-import official
 
 CPU = torch.device("cpu")
 

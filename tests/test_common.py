@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import struct
 import sys
@@ -15,6 +16,7 @@ import time
 import types
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -1661,3 +1663,17 @@ def test_two_processes_may_render_at_once(rendered, tmp_path):
     assert [process.exitcode for process in processes] == [0, 0]
     assert len(list(tmp_path.iterdir())) == 1                         # and nothing temporary is left
     assert all(equal_faces(face, other) for face, other in zip(small_faces(tmp_path), rendered))
+
+
+def test_public_names_are_listed_and_each_is_used_by_a_script_a_notebook_or_readme():
+    root = Path(common.__file__).parent
+    own = [name for name, value in vars(common).items()
+           if not name.startswith("_") and not isinstance(value, types.ModuleType)
+           and (getattr(value, "__module__", None) == "common" or name.isupper())]
+    assert sorted(own) == sorted(common.__all__)
+    files = [*root.glob("*.py"), *root.glob("notebooks/*.ipynb"), root / "README.md",
+             root / "tests" / "benchmark.py"]
+    text = "\n".join(file.read_text() for file in files if file.name != "common.py")
+    text += (root / "common.py").read_text().split('"""')[1]
+    unused = [name for name in common.__all__ if not re.search(rf"\b{name}\b", text)]
+    assert unused == []
