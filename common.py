@@ -52,11 +52,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 __all__ = [       # what scripts, notebooks and README use; a rename is a decision
-    "ArcFace", "CACHE", "COMPONENTS", "DEGRADATIONS", "Degradation", "FFHQ_TEMPLATE",
-    "FID", "Face", "FaceFolder", "INNER_LIP", "InputError", "JAW", "LEFT_EYE",
-    "LPIPS", "NOSE_BASE", "NOSE_BRIDGE", "OUTER_LIP", "Progress", "RIGHT_EYE",
-    "Range", "Recogniser", "RenderedFaces", "Run", "TASKS", "VGG", "add_fid",
-    "align_face", "angular_margin_loss", "arguments", "augment", "autocast", "blur",
+    "ArcFace", "COMPONENTS", "DEGRADATIONS", "Degradation", "FFHQ_TEMPLATE", "FID",
+    "Face", "FaceFolder", "INNER_LIP", "InputError", "JAW", "LEFT_EYE", "LPIPS",
+    "NOSE_BASE", "NOSE_BRIDGE", "OUTER_LIP", "Progress", "RIGHT_EYE", "Range",
+    "Recogniser", "RenderedFaces", "Run", "TASKS", "VGG", "add_fid", "align_face",
+    "angular_margin_loss", "arguments", "augment", "autocast", "blur",
     "channels_last", "check_size", "chosen_config", "comparison_grid",
     "component_boxes", "degrade", "detail", "detect_landmarks", "draw_landmarks",
     "face_matrix", "first", "five_points", "for_inference", "frechet_distance",
@@ -72,7 +72,7 @@ __all__ = [       # what scripts, notebooks and README use; a rename is a decisi
     "test_faces", "to_uint8", "transform_points", "unpack", "warp_affine", "world",
     "write_image", "write_landmarks"]
 
-CACHE = Path(os.environ.get("FACE_RESTORATION_CACHE", "~/.cache/face-restoration")).expanduser()
+_CACHE = Path(os.environ.get("FACE_RESTORATION_CACHE", "~/.cache/face-restoration")).expanduser()
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
 
 
@@ -1217,7 +1217,7 @@ def recogniser(faces, purpose="loss", device="cpu", epochs=24, batch=64, quiet=F
             print("these pictures carry no identities: "
                   "the recogniser is trained on rendered faces", file=sys.stderr)
         faces = RenderedFaces()
-    path = CACHE / f"recogniser-3-{purpose}-{epochs}x{batch}-{faces.fingerprint}.pt"
+    path = _CACHE / f"recogniser-3-{purpose}-{epochs}x{batch}-{faces.fingerprint}.pt"
     with first():
         net = _read_recogniser(path, purpose)
         if net is None:
@@ -1604,7 +1604,7 @@ def read_published(source, name=None):
     """Weights as their authors released them → {name: tensor}, on the CPU.
 
     source: a file, an http(s) address or a state dict. The file of an address is kept in
-    CACHE/weights, unless it cannot be read. Names lose DataParallel's prefix "module.".
+    weights/ of the cache, unless it cannot be read. Names lose DataParallel's prefix "module.".
     Of a file that holds more, the part "state_dict" or "params" is taken. InputError for
     what is no checkpoint or holds something else; it says which file is wanted, `name`.
     """
@@ -1614,7 +1614,7 @@ def read_published(source, name=None):
         last = Path(urllib.parse.unquote(urllib.parse.urlsplit(source).path)).name
         last = re.sub("[^0-9A-Za-z._-]", "_", last)
         key = hashlib.sha256(source.encode()).hexdigest()[:8]    # two may end in one name
-        file = CACHE / "weights" / f"{key}-{last}"
+        file = _CACHE / "weights" / f"{key}-{last}"
         if not file.is_file():
             print(f"fetching {source} → {file}", file=sys.stderr)
         _download(source, file)
@@ -3541,7 +3541,7 @@ def _render_person(size, seed, shots, identity):
 class RenderedFaces(torch.utils.data.Dataset):
     """Rendered people. Item i depends on (seed, i) alone: person i // per_identity.
 
-    They are rendered once, on all cores, and kept in the folder `cache` (default CACHE).
+    They are rendered once, on all cores, and kept in the folder `cache`.
     """
 
     def __init__(self, size=128, identities=288, per_identity=6, seed=0, cache=None):
@@ -3552,7 +3552,7 @@ class RenderedFaces(torch.utils.data.Dataset):
         self.record = np.dtype([("image", "u1", (3, size, size)),
                                 ("landmarks", "<f4", (68, 2))])
         self.fingerprint = f"rendered{_FORMAT}-{size}-{identities}x{per_identity}-{seed}"
-        path = Path(cache or CACHE) / f"{self.fingerprint}.npy"
+        path = Path(cache or _CACHE) / f"{self.fingerprint}.npy"
         with first():                          # the other processes read what it wrote
             self.data = self.read(path)
             if self.data is None:

@@ -1136,10 +1136,10 @@ def test_recogniser_gives_unit_vectors_at_any_size_and_four_scales():
 @pytest.mark.slow
 def test_recogniser_is_trained_once_repeatably_and_again_when_its_cache_is_damaged(
         face_folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(common, "_CACHE", tmp_path / "cache")
     faces = common.FaceFolder(face_folder, 64)
     first = common.recogniser(faces, epochs=1, quiet=True)
-    file, = common.CACHE.iterdir()
+    file, = common._CACHE.iterdir()
     with monkeypatch.context() as patch:
         patch.setattr(common, "angular_margin_loss", None)            # a hit trains nothing
         second = common.recogniser(faces, epochs=1, quiet=True)
@@ -1150,7 +1150,7 @@ def test_recogniser_is_trained_once_repeatably_and_again_when_its_cache_is_damag
     assert 0 <= first.accuracy == second.accuracy <= 1
     assert not any(p.requires_grad for p in second.parameters())
     other = common.recogniser(faces, "metric", epochs=1, quiet=True)
-    assert other.widths != first.widths and len(list(common.CACHE.iterdir())) == 2
+    assert other.widths != first.widths and len(list(common._CACHE.iterdir())) == 2
 
 
 @pytest.fixture
@@ -1161,13 +1161,13 @@ def no_training(monkeypatch, tmp_path):
     def train(faces, purpose, device, epochs, batch, quiet):
         seen.append((faces, device))
         return common.Recogniser(common._RECOGNISERS[purpose]["widths"]).eval()
-    monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(common, "_CACHE", tmp_path / "cache")
     monkeypatch.setattr(common, "_train_recogniser", train)
     return seen
 
 
 def test_recogniser_learns_the_training_people_on_the_given_device(face_folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(common, "_CACHE", tmp_path / "cache")
     monkeypatch.setattr(common, "choose_device", None)                # nobody else chooses one
     devices, labels = [], set()
     autocast, loss = common.autocast, common.angular_margin_loss
@@ -1199,7 +1199,7 @@ def test_the_first_process_trains_and_the_others_find_the_cache(face_folder, no_
     @contextlib.contextmanager
     def first():
         yield                                      # here the others go on
-        kept.extend(common.CACHE.iterdir())
+        kept.extend(common._CACHE.iterdir())
     monkeypatch.setattr(common, "first", first)
     common.recogniser(common.FaceFolder(face_folder, 64))
     assert len(kept) == 1
@@ -1634,10 +1634,10 @@ def test_rendered_faces_are_read_from_the_cache_and_rendered_again_when_it_is_da
 
 
 def test_rendered_faces_use_the_cache_folder_of_the_environment():
-    assert str(common.CACHE) == os.environ["FACE_RESTORATION_CACHE"]
-    before = set(common.CACHE.rglob("*"))
+    assert str(common._CACHE) == os.environ["FACE_RESTORATION_CACHE"]
+    before = set(common._CACHE.rglob("*"))
     common.RenderedFaces(64, identities=1, per_identity=1, seed=4)
-    assert len(set(common.CACHE.rglob("*")) - before) == 1
+    assert len(set(common._CACHE.rglob("*")) - before) == 1
 
 
 def test_rendered_faces_without_a_writable_cache_are_kept_in_memory(rendered, tmp_path, capsys):

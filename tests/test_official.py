@@ -191,7 +191,7 @@ def site(tmp_path, monkeypatch):
             asked.append(self.path)
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(common, "_CACHE", tmp_path / "cache")
     web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=web.serve_forever, args=(0.02,), daemon=True).start()
     yield types.SimpleNamespace(folder=folder, url=f"http://127.0.0.1:{web.server_port}", asked=asked)
@@ -200,7 +200,7 @@ def site(tmp_path, monkeypatch):
 
 
 def kept():
-    return sorted(file.name for file in (common.CACHE / "weights").iterdir())
+    return sorted(file.name for file in (common._CACHE / "weights").iterdir())
 
 
 def test_weights_of_an_address_are_fetched_once_and_kept(site):
