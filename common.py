@@ -2307,7 +2307,7 @@ class Run:
 
     def _take_up(self, state):
         self.step = state["step"]
-        self.rows = state["rows"]
+        self.rows = list(state["rows"])
         self.factor = state["factor"]
         self.best = state["best"]
         self.waited = state["waited"]
