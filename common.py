@@ -1950,12 +1950,12 @@ def _replacing(path):
             temporary.unlink(missing_ok=True)
 
 
-def _make_folder(path):
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); "
-                         "choose another --out") from None
+def _check_writable(folder):
+    """InputError if the folder cannot be made or written in; makes nothing yet."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"{folder}: cannot be written ({existing} is no folder to write "
+                         "in); choose another --out")
 
 
 def _write_json(path, value):
@@ -2182,7 +2182,7 @@ def parse(parser, argv, script):
         args.folder = Path(args.out)
     args.out = Path(args.out or "restored")
     if args.train:
-        _make_folder(args.folder)                    # now, not after minutes of preparation
+        _check_writable(args.folder)                 # now, not after minutes of preparation
     args.checkpoint = Path(args.checkpoint or args.folder / "checkpoint.pt")
     args.state = None
     if args.weights is None and (args.resume or not args.train):

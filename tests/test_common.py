@@ -1168,7 +1168,7 @@ def no_training(monkeypatch, tmp_path):
 
 def test_recogniser_learns_the_training_people_on_the_given_device(face_folder, monkeypatch, tmp_path):
     monkeypatch.setattr(common, "_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(common, "choose_device", None)                # nobody else chooses one
+    monkeypatch.setattr(common, "_choose_device", None)                # nobody else chooses one
     devices, labels = [], set()
     autocast, loss = common.autocast, common.angular_margin_loss
     monkeypatch.setattr(common, "autocast", lambda device, *a: devices.append(device) or autocast(device, *a))
