@@ -13,9 +13,9 @@ Equation → name
     (1) ASFFNet                 (7) adain                  (13) style_loss
     (2) affine_distance         (8) ASFFBlock              (14) discriminator_loss
     (3) fit_affine              (9) Reconstruction         (15) adversarial_loss
-    (4) ranking_loss           (10) pixel_loss             (16) realistic_loss
+    (4) ranking_loss           (10) pixel_loss             (16) photo_realistic_losses
     (5) moving_least_squares   (11) perceptual_loss        (17) the sum in train
-    (6) warp_features          (12) reconstruction_loss    (18) common.degrade, "asffnet"
+    (6) warp_features          (12) reconstruction_losses  (18) common.degrade, "asffnet"
 
     python asffnet.py --train                   # rendered faces, minutes on two CPU cores
     python asffnet.py --evaluate                # on people it has never seen
@@ -566,14 +566,14 @@ def adversarial_loss(fake):
     return -fake.float().mean()
 
 
-def reconstruction_loss(restored, target, features, target_features, cfg):
+def reconstruction_losses(restored, target, features, target_features, cfg):
     """Eq. (12): λ_MSE ℓ_MSE and λ_perc ℓ_perc, by name. The features are Ψ's."""
     perceptual = perceptual_loss(features, target_features)
     return {"pixel": cfg.weight_pixel * pixel_loss(restored, target),
             "perceptual": cfg.weight_perceptual * perceptual}
 
 
-def realistic_loss(features, target_features, fake, cfg):
+def photo_realistic_losses(features, target_features, fake, cfg):
     """Eq. (16): λ_style ℓ_style and λ_adv ℓ_adv,G, by name. fake: D's scores of Î^h."""
     return {"style": cfg.weight_style * style_loss(features, target_features),
             "adversarial": cfg.weight_adversarial * adversarial_loss(fake)}
@@ -685,8 +685,8 @@ def train(cfg, args):
             features = encoder.features(restored)
             target_features = encoder.features(target)
             fake = discriminator(restored)
-            losses = reconstruction_loss(restored, target, features, target_features, cfg)
-            losses |= realistic_loss(features, target_features, fake, cfg)
+            losses = reconstruction_losses(restored, target, features, target_features, cfg)
+            losses |= photo_realistic_losses(features, target_features, fake, cfg)
         optimizer.zero_grad(set_to_none=True)
         sum(losses.values()).backward()                                         # Eq. (17)
         if cfg.clip is not None:
@@ -739,7 +739,7 @@ def validate(net, encoder, faces, indices, cfg):
     for batch in restored_batches(net, faces, indices, cfg, None):
         with common.inference(encoder) as device:
             restored, target = batch["restored"].to(device), batch["target"].to(device)
-            losses = reconstruction_loss(restored, target, encoder.features(restored),
+            losses = reconstruction_losses(restored, target, encoder.features(restored),
                                          encoder.features(target), cfg)
         quality = common.psnr(batch["restored"], batch["target"])
         loss = sum(losses.values()).cpu().expand_as(quality)
@@ -775,7 +775,7 @@ def draw_attention(attention, batch):
         low, high = mask.min().item(), mask.max().item()
         grey = 2 * (mask - low) / max(high - low, 1e-6) - 1
         picture = F.interpolate(grey, batch["target"].shape[2:]).expand(-1, 3, -1, -1)
-        columns[f"{number}: {low:.2f}–{high:.2f}"] = picture
+        columns[f"{number}: {low:.2f}-{high:.2f}"] = picture
     return common.comparison_grid(columns)
 
 

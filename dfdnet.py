@@ -144,33 +144,33 @@ PAPER_FIGURES = {variant: dict(zip(COLUMNS, row)) for variant, row in {
 # --------------------------------------------------------------------------------------
 
 def crop_components(features, boxes, stride, sizes):
-    """RoIAlign: features (B,C,h,w) of `stride` pixels each, boxes (B,4,4) → four
-    (B,C,size,size)."""
+    """RoIAlign: features (B,C,h,w), boxes (B,parts,4) in pixels → parts, (B,C,n,n) each.
+
+    stride: pixels a feature; sizes: n of each part.
+    """
     sample = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None]
-    features = features.float().contiguous()    # as RoIAlign wants them: once, not four times
-    parts = []
-    for box, size in zip(boxes.unbind(1), sizes):
-        box = torch.cat([sample, box], 1)
-        parts.append(roi_align(features, box, size, 1 / stride, sampling_ratio=2, aligned=True))
-    return parts
+    features = features.float().contiguous()       # converted once, not once a component
+    return [roi_align(features, torch.cat([sample, box], 1), size, 1 / stride,
+                      sampling_ratio=2, aligned=True)
+            for box, size in zip(boxes.unbind(1), sizes)]
 
 
 def paste_components(parts, boxes, stride, shape):
-    """Reverse RoIAlign: parts, one (B,C,n,n) a component, are resampled into their boxes
-    (B,parts,4).
+    """Reverse RoIAlign: parts (B,C,n,n) are resampled into their boxes (B,parts,4).
 
     Bilinear; 0 outside the boxes, the mean where they overlap; shape (h,w) → (B,C,h,w).
     """
-    x = torch.arange(shape[1], device=boxes.device) + 0.5     # centres of the features
+    x = torch.arange(shape[1], device=boxes.device) + 0.5      # centres of the features
     y = torch.arange(shape[0], device=boxes.device) + 0.5
     total, cover = 0, 0
-    for part, box in zip(parts, boxes.unbind(1)):             # a loop, as the sizes n differ
-        x1, y1, x2, y2 = (box[:, :, None] / stride).unbind(1)
-        u = 2 * (x - x1) / (x2 - x1) - 1                      # (B,w), -1 to 1 inside the box
-        v = 2 * (y - y1) / (y2 - y1) - 1                      # (B,h)
+    for part, box in zip(parts, boxes.unbind(1)):              # a loop: sizes n differ
+        x1, y1, x2, y2 = (box / stride)[:, :, None].unbind(1)
+        u = 2 * (x - x1) / (x2 - x1) - 1                       # (B,w), -1 to 1 inside
+        v = 2 * (y - y1) / (y2 - y1) - 1                       # (B,h)
         grid = torch.stack(torch.broadcast_tensors(u[:, None], v[:, :, None]), 3)
-        inside = (grid.abs() < 1).all(3)[:, None]             # (B,1,h,w)
-        pasted = F.grid_sample(part.float(), grid, padding_mode="border", align_corners=False)
+        inside = (grid.abs() < 1).all(3)[:, None]              # (B,1,h,w)
+        pasted = F.grid_sample(part.float(), grid, padding_mode="border",
+                               align_corners=False)
         total = total + pasted * inside
         cover = cover + inside
     return total / cover.clamp(min=1)
@@ -397,15 +397,16 @@ class DFDNet(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D_r: an SN-GAN patch discriminator, all under SN, of images reduced r times:
-    (B,3,H,W) → (B,1,h,w)."""
+    """D_r: an SN-GAN patch discriminator of images reduced r times, (B,3,H,W) → scores."""
 
     def __init__(self, width):
         super().__init__()
         layers = []
         for before, after in ((3, width), (width, 2 * width), (2 * width, 4 * width)):
-            layers += [spectral_norm(nn.Conv2d(before, after, 4, 2, 1)), nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(4 * width, 1, 3, padding=1)))
+            layers += [spectral_norm(nn.Conv2d(before, after, 4, 2, 1)),
+                       nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(
+            *layers, spectral_norm(nn.Conv2d(4 * width, 1, 3, padding=1)))
 
     def forward(self, image):
         return self.layers(image)
@@ -436,6 +437,13 @@ def perceptual_loss(features, target_features, weights):
     the batch."""
     return sum(weight * F.mse_loss(a.float(), b.float())
                for weight, a, b in zip(weights, features, target_features))
+
+
+def reconstruction_losses(restored, target, features, target_features, cfg):
+    """Eq. (7): its two terms by name; their sum is also what validation looks at."""
+    return {
+        "pixel": cfg.weight_pixel * pixel_loss(restored, target),
+        "perceptual": perceptual_loss(features, target_features, cfg.weight_perceptual)}
 
 
 def discriminator_loss(real, fake):
@@ -662,13 +670,10 @@ def train(cfg, args):
         discriminators.requires_grad_(False)
         with common.autocast(args.device, args.precision):
             restored = forward(degraded, boxes)
-            features = encoder.features(restored)
-            target_features = encoder.features(target)
+            features = encoder.features(restored), encoder.features(target)
+            losses = reconstruction_losses(restored, target, *features, cfg)
             fake = discriminators(restored)
-            losses = {
-                "pixel": cfg.weight_pixel * pixel_loss(restored, target),
-                "perceptual": perceptual_loss(features, target_features, cfg.weight_perceptual),
-                "adversarial": adversarial_loss(fake, cfg.weight_adversarial)}
+            losses["adversarial"] = adversarial_loss(fake, cfg.weight_adversarial)
         optimizer.zero_grad(set_to_none=True)
         sum(losses.values()).backward()                                              # Eq. (10)
         if cfg.clip is not None:
@@ -703,9 +708,9 @@ def validate(net, faces, indices, cfg):
     for batch in restored_batches(net, faces, indices, cfg, None):
         restored, target = batch["restored"].to(device), batch["target"].to(device)
         with common.autocast(device):
-            perceptual = perceptual_loss(net.encoder.features(restored), net.encoder.features(target),
-                                         cfg.weight_perceptual)
-        loss += (cfg.weight_pixel * pixel_loss(restored, target) + perceptual).item() * len(target)
+            features = net.encoder.features(restored), net.encoder.features(target)
+            losses = reconstruction_losses(restored, target, *features, cfg)
+        loss += sum(losses.values()).item() * len(target)
         quality += common.psnr(restored, target).sum().item()
     return {"validation": loss / len(indices), "validation_psnr": quality / len(indices)}
 
@@ -810,18 +815,18 @@ def load_network(args):
 def main(argv=None):
     parser = common.arguments(__doc__, PRESETS, VARIANTS)
     parser.add_argument("--dictionary-data", metavar="DIR",
-                        help="faces the dictionaries are made of (default: the training faces)")
+                        help="faces that make the dictionaries (default: the training's)")
     parser.add_argument("--official-dictionary", metavar="DIR",
-                        help="for --weights: the authors' DictionaryCenter512, a folder of *.npy")
+                        help="for --weights: the authors' folder DictionaryCenter512")
     parser.add_argument("--vgg", metavar="FILE",
-                        help="for --weights without a VGG-19: torchvision's, which the authors began with")
+                        help="for --weights without a VGG-19: torchvision's")
     args = common.parse(parser, argv, SCRIPT)
     if args.weights and not args.official_dictionary:
-        raise InputError("--weights wants --official-dictionary: the folder of the authors' 16 files "
-                         "*_center.npy")
+        raise InputError("--weights wants --official-dictionary: the folder of the "
+                         "authors' 16 files *_center.npy")
     if not args.weights and (args.official_dictionary or args.vgg):
-        raise InputError("--official-dictionary and --vgg belong to --weights, the authors' network; a "
-                         "trained one has its dictionary.pt")
+        raise InputError("--official-dictionary and --vgg belong to --weights, the "
+                         "authors' network; a trained one has its dictionary.pt")
     if args.train:
         cfg = common.chosen_config(args, PRESETS, VARIANTS)
         common.check_size(cfg.size, 16)

@@ -699,8 +699,7 @@ class Discriminators(nn.ModuleList):
         super().__init__(Discriminator(width) for _ in range(3))
 
     def forward(self, image):
-        return [net(image if r == 1 else F.avg_pool2d(image, r))
-                for net, r in zip(self, (1, 2, 4))]
+        return [net(F.avg_pool2d(image, r)) for net, r in zip(self, (1, 2, 4))]
 
 
 # --------------------------------------------------------------------------------------
@@ -917,6 +916,8 @@ def train(cfg, args):
     cfg = replace(cfg, stage_ends=stage_ends(cfg))
     faces = common.load_faces(args, cfg.size)
     people, validation, test = common.split_identities(faces)
+    validation = common.spread(validation, cfg.validated)
+    test = common.spread(test, cfg.tested)
     encoder = common.load_encoder(cfg.encoder, args, faces)
     data = Batches(faces, people, cfg)
 
@@ -970,7 +971,6 @@ def train(cfg, args):
         if run.due(step):
             run.save(step, validate(net, encoder, faces, validation, cfg, stage))
 
-    test = common.spread(test, cfg.tested)
     table = evaluate(net, faces, test, cfg, args)
     pictures = samples(net, faces, test, cfg, args.precision)
     common.report(run, table, pictures)
@@ -982,7 +982,6 @@ def validate(net, encoder, faces, indices, cfg, stage):
     without references in the first stage."""
     device = next(net.parameters()).device
     cfg = cfg if stage > 0 else replace(cfg, references=0)
-    indices = common.spread(indices, cfg.validated)
     loss, quality = 0.0, 0.0
     for batch in restored_batches(net, faces, indices, cfg, None):
         restored, target = batch["restored"].to(device), batch["target"].to(device)

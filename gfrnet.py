@@ -11,7 +11,7 @@ landmarks, which must land on each other, and from smoothness in between.
 
 Equation → name
     (1) WarpNet           (5) perceptual_loss         (9) landmark_loss
-    (2) warp              (6) reconstruction_loss    (10) tv_loss
+    (2) warp              (6) reconstruction_losses  (10) tv_loss
     (3) RecNet            (7) discriminator_loss     (11) flow_loss
     (4) common.degrade    (8) adversarial_loss       (12) the sum in train
 
@@ -332,7 +332,7 @@ def conv4(encoder, image):
     return encoder.features(image)[2]
 
 
-def reconstruction_loss(restored, target, encoder, cfg):
+def reconstruction_losses(restored, target, encoder, cfg):
     """Eq. (6): λ_r,0 ℓ_r,0 and λ_r,l ℓ_p, by name."""
     perceptual = perceptual_loss(conv4(encoder, restored), conv4(encoder, target))
     return {"pixel": cfg.weight_pixel * pixel_loss(restored, target),
@@ -531,7 +531,7 @@ def train(cfg, args):
             else:
                 restored, _, flow = forward(degraded, guide)
                 boxes = landmark_box(landmarks, cfg.size)
-                losses = reconstruction_loss(restored, target, encoder, cfg)
+                losses = reconstruction_losses(restored, target, encoder, cfg)
                 fake = discriminators(degraded, guide, restored, boxes)
                 losses["adversarial"] = adversarial_loss(fake, cfg.weight_adversarial)
             if cfg.learns_flow:
@@ -571,7 +571,7 @@ def validate(net, encoder, faces, indices, cfg):
     for batch in restored_batches(net, faces, indices, cfg, None):
         restored, target = batch["restored"].to(device), batch["target"].to(device)
         with common.autocast(device):
-            loss = sum(reconstruction_loss(restored, target, encoder, cfg).values()).cpu()
+            loss = sum(reconstruction_losses(restored, target, encoder, cfg).values()).cpu()
         quality = common.psnr(restored, target).cpu()
         columns = [loss.expand_as(quality), quality]
         if cfg.warped:

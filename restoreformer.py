@@ -737,6 +737,7 @@ def train(cfg, args):
     """
     faces = common.load_faces(args, cfg.size)
     _, validation, test = common.split_identities(faces)
+    test = common.spread(test, cfg.tested)
     encoder = common.load_encoder(cfg.encoder, args, faces)
     recogniser = load_recogniser(cfg, args, faces)
 
@@ -758,7 +759,6 @@ def train(cfg, args):
         return
 
     net, run = train_stage(2, cfg, args, faces, encoder, recogniser)
-    test = common.spread(test, cfg.tested)
     table = evaluate(net, faces, test, cfg, args)
     pictures = samples(net, faces, test, cfg, args.precision)
     common.report(run, table, pictures)
@@ -767,6 +767,7 @@ def train(cfg, args):
 def train_stage(stage, cfg, args, faces, encoder, recogniser):
     """Train stage 1 or 2 → its network and its run."""
     people, validation, _ = common.split_identities(faces)
+    validation = common.spread(validation, cfg.validated)
 
     torch.manual_seed(cfg.seed)
     net = RestoreFormer(cfg, stage, encoder)
@@ -821,8 +822,7 @@ def train_stage(stage, cfg, args, faces, encoder, recogniser):
                 restart_codes(net.dictionary, usage, latents.features, generator)
         run.log(step, losses)
         if run.due(step):
-            chosen = common.spread(validation, cfg.validated)
-            run.save(step, validate(net, encoder, faces, chosen, cfg, stage))
+            run.save(step, validate(net, encoder, faces, validation, cfg, stage))
     return net, run
 
 

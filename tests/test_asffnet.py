@@ -680,9 +680,9 @@ def test_the_losses_are_equations_10_to_13_and_their_sums_12_and_16():
     assert asffnet.style_loss(ours, theirs).item() == pytest.approx(style, rel=1e-4)
     assert asffnet.adversarial_loss(fake).item() == pytest.approx(adversarial, rel=1e-5)
     cfg = replace(TINY, weight_pixel=2.0, weight_perceptual=3.0, weight_style=5.0, weight_adversarial=7.0)
-    losses = asffnet.reconstruction_loss(restored, target, ours, theirs, cfg)
+    losses = asffnet.reconstruction_losses(restored, target, ours, theirs, cfg)
     assert sum(losses.values()).item() == pytest.approx(2 * pixel + 3 * perceptual, rel=1e-5)
-    losses = asffnet.realistic_loss(ours, theirs, fake, cfg)
+    losses = asffnet.photo_realistic_losses(ours, theirs, fake, cfg)
     assert sum(losses.values()).item() == pytest.approx(5 * style + 7 * adversarial, rel=1e-4)
 
 

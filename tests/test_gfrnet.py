@@ -342,7 +342,7 @@ def test_reconstruction_loss_is_equation_6_of_the_map_at_an_eighth_of_the_size()
     restored, target = uniform(2, 2, 3, 64, 64)
     a, b = (encoder.features(x)[2] for x in (restored, target))
     assert a.shape == (2, 10, 8, 8)
-    terms = gfrnet.reconstruction_loss(restored.requires_grad_(), target, encoder, cfg)
+    terms = gfrnet.reconstruction_losses(restored.requires_grad_(), target, encoder, cfg)
     expected = 3 * (restored - target).square().mean() + 0.7 * (a - b).square().mean()
     torch.testing.assert_close(sum(terms.values()), expected)
     found = torch.autograd.grad(terms["perceptual"], restored)[0]
