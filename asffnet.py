@@ -827,9 +827,12 @@ def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto"
 def evaluate(net, faces, indices, cfg, args):
     """×4, ×8 and random scales on held-out faces → "test" of result.json."""
     metrics = common.metrics(faces, args)
-    return {task: common.measure(restored_batches(net, faces, indices, cfg, scale,
-                                                  precision=args.precision), metrics)
-            for task, scale in common.TASKS.items()}
+    table = {}
+    for task, scale in common.TASKS.items():
+        batches = restored_batches(net, faces, indices, cfg, scale,
+                                   precision=args.precision)
+        table[task] = common.measure(batches, metrics)
+    return table
 
 
 def load_network(args):
