@@ -227,36 +227,37 @@ class Degradation:
     quality: Range            # q, JPEG quality; 0 is no compression
     motion: bool = False      # half of the images get a camera shake, not a Gaussian
     mode: str = "bicubic"     # resampling, down (anti-aliased) and up
+    size: int | None = None   # of the faces that pixels refer to; None: those at hand
 
 
 DEGRADATIONS = {
     "gfrnet": Degradation(
         blur=Range(1, 3, 0.1, or_zero=True), scale=Range(1, 8, 0.1), noise=Range(0, 7, 1),
-        quality=Range(10, 40, 1, or_zero=True)),
+        quality=Range(10, 40, 1, or_zero=True), size=256),
     "asffnet": Degradation(
         blur=Range(1, 3, 0.1), scale=Range(1, 8, 0.1), noise=Range(0, 15, 1),
-        quality=Range(10, 60, 1), motion=True),
+        quality=Range(10, 60, 1), motion=True, size=256),
     "dfdnet": Degradation(
         blur=Range(1, 5, 0.1), scale=Range(1, 8, 0.1), noise=Range(0, 15, 1),
-        quality=Range(40, 80, 1), motion=True),
+        quality=Range(40, 80, 1), motion=True, size=256),
     "dmdnet": Degradation(
         blur=Range(1, 3, 0.1), scale=Range(1, 10, 0.1), noise=Range(0, 15, 1),
-        quality=Range(50, 100, 1)),
+        quality=Range(50, 100, 1), size=512),
     "restoreformer": Degradation(
         blur=Range(0.2, 10), scale=Range(1, 8), noise=Range(0, 20),
-        quality=Range(60, 100), mode="bilinear"),
+        quality=Range(60, 100), mode="bilinear", size=512),
 }
-_RADIUS = 30                  # pixels: 3 ϱ of the widest Gaussian
 
 
 def gaussian_matrix(sigma, length, device="cpu"):
-    """Blur along one axis as a matrix (length,length).
+    """Blur along one axis as a matrix (length,length), sigma < length / 4.
 
     A row is a Gaussian of `sigma` pixels whose sum is 1, mirrored at the ends.
     """
     if not sigma:
         return torch.eye(length, device=device)
-    taps = torch.arange(-_RADIUS, _RADIUS + 1, device=device)
+    radius = math.ceil(4 * sigma)
+    taps = torch.arange(-radius, radius + 1, device=device)
     weights = torch.exp(-taps**2 / (2 * sigma**2))
     weights = (weights / weights.sum()).expand(length, -1)
     reached = (torch.arange(length, device=device)[:, None] + taps).abs()
@@ -265,13 +266,13 @@ def gaussian_matrix(sigma, length, device="cpu"):
 
 
 @functools.lru_cache
-def motion_kernels(count=32, seed=0):
-    """Camera-shake kernels after Boracchi & Foi (2012) → (count,61,61), each of sum 1.
+def motion_kernels(count=32, seed=0, zoom=1.0):
+    """Camera-shake kernels after Boracchi & Foi (2012) → (count,n,n), each of sum 1.
 
     The camera keeps part of its velocity (inertia), is pulled back to the origin (the
     hand's correction), is pushed at random (tremor), and at times is thrown about (a
     jerk). The time that the shutter sees a pixel is the kernel. A trajectory spans 5 to
-    25 pixels and is centred on its mass.
+    25 pixels, times `zoom`, and is centred on its mass.
     """
     steps = 400
     generator = torch.Generator().manual_seed(seed)
@@ -299,14 +300,14 @@ def motion_kernels(count=32, seed=0):
     path = torch.stack(path, 1)
     span = (path.amax(1) - path.amin(1)).amax(1)[:, None, None]
     path = path * uniform(5, 25)[..., None] / span
-    path = path - path.mean(1, keepdim=True)
-    path = path.clamp(1 - _RADIUS, _RADIUS - 1) + _RADIUS
+    path = zoom * (path - path.mean(1, keepdim=True))
 
     # A point between four pixels gives each its bilinear share.
-    width = 2 * _RADIUS + 1
+    radius = math.ceil(path.abs().max()) + 1
+    width = 2 * radius + 1
     kernels = torch.zeros(count, width * width)
-    corner = path.floor().long()
-    part = path.frac()
+    corner = path.floor().long() + radius
+    part = path - path.floor()
     for dx in (0, 1):
         for dy in (0, 1):
             share_x = part[..., 0] if dx else 1 - part[..., 0]
@@ -317,15 +318,16 @@ def motion_kernels(count=32, seed=0):
 
 
 def blur(image, kernel):
-    """I ⊗ k: image (…,H,W), any kernel (61,61), mirrored at the border. H, W > 30.
+    """I ⊗ k: image (…,H,W), any kernel (n,n) of odd n < 2H, 2W, mirrored at the border.
 
     In the frequency domain a wide kernel costs no more than a small one.
     """
     height, width = image.shape[-2:]
-    padded = F.pad(image, (_RADIUS,) * 4, mode="reflect")
-    shape = [math.ceil(length / 64) * 64 for length in padded.shape[-2:]]   # fast lengths
+    radius = len(kernel) // 2
+    padded = F.pad(image, (radius,) * 4, mode="reflect")
+    shape = [math.ceil(length / 32) * 32 for length in padded.shape[-2:]]   # fast lengths
     spectrum = torch.fft.rfft2(padded, s=shape) * torch.fft.rfft2(kernel, s=shape)
-    start = 2 * _RADIUS
+    start = 2 * radius
     blurred = torch.fft.irfft2(spectrum, s=shape)
     return blurred[..., start:start + height, start:start + width]
 
@@ -339,24 +341,27 @@ def jpeg(image, quality):
 
 
 def degrade(target, degradation, generator=None, scale=None):
-    """I^d = ((I ⊗ k) ↓s + n)_JPEG ↑s, every image with parameters of its own. H, W > 30.
+    """I^d = ((I ⊗ k) ↓s + n)_JPEG ↑s, every image with parameters of its own. H, W ≥ 32.
 
     target (B,3,H,W) in [-1,1] → the same shape, range and device, with 8 bits.
     `generator` (on the CPU) repeats it. `scale` fixes s, as the papers' ×4 and ×8 do.
+    The paper's pixels are those of faces of its size: lengths are scaled by H / size.
     """
     count, _, height, width = target.shape
-    sigmas = degradation.blur.draw(count, generator)
+    device, mode = target.device, degradation.mode
+    zoom = height / (degradation.size or height)
+    sigmas = zoom * degradation.blur.draw(count, generator)
     scales = degradation.scale.draw(count, generator)
     noises = degradation.noise.draw(count, generator)
     qualities = degradation.quality.draw(count, generator)
     shakes = torch.full((count,), -1)
     if degradation.motion:
-        drawn = torch.randint(len(motion_kernels()), (count,), generator=generator)
+        kernels = motion_kernels(zoom=zoom).to(device)
+        drawn = torch.randint(len(kernels), (count,), generator=generator)
         shaken = torch.rand(count, generator=generator) < 0.5
         shakes = torch.where(shaken, drawn, shakes)
     if scale is not None:
         scales = torch.full((count,), float(scale))
-    device, mode = target.device, degradation.mode
     seed = torch.randint(2**62, (), generator=generator).item()
     stream = torch.Generator(device).manual_seed(seed)
 
@@ -366,27 +371,26 @@ def degrade(target, degradation, generator=None, scale=None):
         h = max(round(height / factor), 1)
         w = max(round(width / factor), 1)
         if shakes[k] >= 0:
-            blurred = blur(image, motion_kernels()[shakes[k]].to(device))
-            small = F.interpolate(blurred[None], (h, w), mode=mode, antialias=True)[0]
-        else:
-            # Blur and down-sampling are linear and separable: one small matrix an axis.
-            rows = _shrinking_matrix(sigmas[k].item(), height, h, mode, device)
-            columns = _shrinking_matrix(sigmas[k].item(), width, w, mode, device)
-            small = rows @ image @ columns.T
+            image = blur(image, kernels[shakes[k]])
+        # Blurring and resampling are linear and separable: one small matrix an axis.
+        rows = _resampling(height, h, mode, device, sigmas[k].item() * (shakes[k] < 0))
+        columns = _resampling(width, w, mode, device, sigmas[k].item() * (shakes[k] < 0))
+        small = rows @ image @ columns.T
         noise = torch.randn(small.shape, device=device, generator=stream)
         small = to_uint8(small + noises[k].item() / 127.5 * noise)
         if qualities[k] > 0:
             small = jpeg(small, qualities[k].item()).to(device)
-        large = F.interpolate(small[None], (height, width), mode=mode, antialias=True)
-        degraded.append(large)
-    return torch.cat(degraded).float() / 127.5 - 1
+        rows = _resampling(h, height, mode, device)
+        columns = _resampling(w, width, mode, device)
+        degraded.append(rows @ small.float() @ columns.T)
+    return torch.stack(degraded).round().clamp(0, 255) / 127.5 - 1
 
 
-def _shrinking_matrix(sigma, length, shorter, mode, device):
-    """Gaussian blur, then down-sampling, along one axis: a matrix (shorter,length)."""
-    matrix = gaussian_matrix(sigma, length, device)[None, None]
-    shrunk = F.interpolate(matrix, (shorter, length), mode=mode, antialias=True)
-    return shrunk[0, 0]
+def _resampling(before, after, mode, device, sigma=0.0):
+    """Gaussian blur, then resampling, along one axis: a matrix (after,before)."""
+    matrix = gaussian_matrix(sigma, before, device)[None, None]
+    resampled = F.interpolate(matrix, (after, before), mode=mode, antialias=True)
+    return resampled[0, 0]
 
 
 # --------------------------------------------------------------------------------------
@@ -677,14 +681,23 @@ def ssim(restored, target):
     and over the places where the window fits.
     """
     offset = torch.arange(11, device=restored.device) - 5.0
-    taps = torch.exp(-offset**2 / (2 * 1.5**2))
-    taps = (taps / taps.sum()).view(1, 1, 1, 11).double()
+    taps = torch.exp(-offset**2 / (2 * 1.5**2)).double()
+    taps = taps / taps.sum()
+
+    def band(length):
+        """The window along one axis as a matrix (length−10,length): much faster."""
+        matrix = taps.new_zeros(length - 10, length + 1)
+        matrix[:, :11] = taps
+        return matrix.flatten()[:-(length - 10)].view(length - 10, length)
+
+    rows = band(restored.shape[-2])
+    columns = band(restored.shape[-1])
 
     def window(image):
-        return F.conv2d(F.conv2d(image, taps), taps.transpose(2, 3))
+        return rows @ image @ columns.T
 
-    x = restored.double().flatten(0, 1)[:, None]
-    y = target.double().flatten(0, 1)[:, None]
+    x = restored.double()
+    y = target.double()
     c1 = (0.01 * 2) ** 2
     c2 = (0.03 * 2) ** 2
     mean_x = window(x)
@@ -694,7 +707,7 @@ def ssim(restored, target):
     covariance = window(x * y) - mean_x * mean_y
     index = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)
              / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)))
-    return index.view(len(restored), -1).mean(1).float()
+    return index.mean((1, 2, 3)).float()
 
 
 def detail(image, target):
@@ -1069,31 +1082,30 @@ def spread(indices, limit):
     return [indices[k * len(indices) // limit] for k in range(limit)]
 
 
-def augment(images, landmarks, generator, crop=0.05, jitter=0.0):
-    """Random crop, flip, brightness and contrast of one person's pictures (N,3,H,W).
+def augment(images, landmarks, generator, shift=0.02, jitter=0.0):
+    """Random place, flip, brightness and contrast of one person's pictures (N,3,H,W).
 
-    landmarks (N,68,2) follow. All are flipped or none; the rest is drawn for each. Scale
-    and place change by up to `crop` of the size, brightness and contrast by up to
-    `jitter` (of a range of -1 to 1).
+    landmarks (N,68,2) follow. All are flipped or none; the rest is drawn for each. A
+    face moves by up to `shift` of the size, brightness and contrast change by up to
+    `jitter` (of a range of -1 to 1). It moves by whole pixels, the border repeated:
+    interpolating would blur what a network shall learn to paint.
     """
     count = len(images)
     size = images.shape[-1]
-    scale = 1 + crop * torch.rand(count, generator=generator)
-    corner = (scale - 1)[:, None] * size * torch.rand(count, 2, generator=generator)
+    furthest = round(shift * size)
+    offset = torch.randint(-furthest, furthest + 1, (2, count, 1), generator=generator)
     drawn = torch.rand(2, count, 1, 1, 1, generator=generator)
     light, contrast = jitter * (2 * drawn - 1)
     flip = torch.rand((), generator=generator) < 0.5
 
-    matrix = torch.zeros(count, 2, 3)
-    matrix[:, 0, 0] = 1 / scale
-    matrix[:, 1, 1] = 1 / scale
-    matrix[:, :, 2] = (2 * corner / size + 1) / scale[:, None] - 1
-    grid = F.affine_grid(matrix, images.shape, align_corners=False)
-    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    landmarks = (landmarks + 0.5) * scale[:, None, None] - corner[:, None] - 0.5
+    columns, rows = (torch.arange(size) - offset).clamp(0, size - 1)
+    images = images.take_along_dim(rows[:, None, :, None], 2)
+    images = images.take_along_dim(columns[:, None, None, :], 3)
+    landmarks = landmarks + offset.permute(1, 2, 0)
 
-    middle = images.mean((1, 2, 3), keepdim=True)
-    images = ((images - middle) * (1 + contrast) + middle + light).clamp(-1, 1)
+    if jitter:
+        middle = images.mean((1, 2, 3), keepdim=True)
+        images = ((images - middle) * (1 + contrast) + middle + light).clamp(-1, 1)
     if flip:
         return _mirror(images, landmarks)
     return images, landmarks
@@ -2228,28 +2240,30 @@ def check_size(size, multiple, least=64):
         raise InputError(f"--size {size}: must be a multiple of {multiple}, at least {least}")
 
 
-def load_faces(args, size, need_landmarks=False):
-    """The faces of --data, or rendered ones; with a checkpoint, without --data, those
-    it was trained on.
+def load_faces(args, cfg, need_landmarks=False):
+    """The faces of --data, or rendered ones, cfg.people of them; with a checkpoint,
+    without --data, those it was trained on.
 
     --resume with other faces than those the run began with is an InputError.
     """
     recorded = None if args.state is None else args.state["data"]
     if recorded is not None and (args.resume or args.data is None):
         chosen = {name: getattr(args, name) or recorded[name] for name in _FACES}
-        faces = _open_faces(chosen, size, need_landmarks, args.device)
+        faces = _open_faces(chosen, cfg.size, cfg.people, need_landmarks, args.device)
         if faces.fingerprint != recorded["fingerprint"]:
             raise InputError(f"these are not the faces that {args.checkpoint} was trained on "
                              f"({recorded['data'] or 'rendered'}; pictures, landmarks or options differ); "
                              "give those back, or train anew into another --out")
         return faces
-    return _open_faces({name: getattr(args, name) for name in _FACES}, size, need_landmarks, args.device)
+    chosen = {name: getattr(args, name) for name in _FACES}
+    return _open_faces(chosen, cfg.size, cfg.people, need_landmarks, args.device)
 
 
-def _open_faces(chosen, size, need_landmarks, device):
+def _open_faces(chosen, size, people, need_landmarks, device):
     if chosen["data"] is None:
-        return RenderedFaces(size)
-    return FaceFolder(chosen["data"], size, chosen["landmarks"], chosen["aligned"], need_landmarks, device)
+        return RenderedFaces(size, people)
+    return FaceFolder(chosen["data"], size, chosen["landmarks"], chosen["aligned"],
+                      need_landmarks, device)
 
 
 def _own_faces(faces, args):
@@ -2299,7 +2313,7 @@ class Run:
         self.best = math.inf
         self.waited = 0
         self.seconds = 0.0
-        self.earlier = 0.0                                              # seconds of sessions before this one
+        self.earlier = 0.0                       # seconds of the sessions before this one
         if args.state is not None:
             self._take_up(args.state)
         if args.train and rank() == 0:
@@ -2335,7 +2349,7 @@ class Run:
         """Every ten steps: note the losses, {name: tensor}; stop all processes at one
         that is not finite."""
         if step % 10 and not self.due(step):
-            return                                                   # the rest waits for the GPU
+            return                               # a GPU need not be waited for
         values = torch.stack([loss.detach().float() for loss in losses.values()])
         wrong = (~values.isfinite()).float()
         if world() > 1:
@@ -2423,7 +2437,8 @@ def judge(faces, args=None):
     device = torch.device("cpu") if args is None else args.device
     known = faces
     if args is not None and args.state is not None and not _own_faces(faces, args):
-        known = _open_faces(args.state["data"], faces.size, False, device)
+        people = args.state["config"]["people"]
+        known = _open_faces(args.state["data"], faces.size, people, False, device)
     return recogniser(known, "metric", device).to(device)
 
 

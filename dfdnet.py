@@ -57,6 +57,7 @@ class Config:
     preset: str = "tiny"
     variant: str = "full"
     size: int = 128                          # pixels, height = width
+    people: int = 288                        # rendered ones, without --data
     seed: int = 0
 
     encoder: str = "recogniser"              # Ψ; "vgg": VGG-Face, or VGG-19 without a file
@@ -75,8 +76,8 @@ class Config:
     discriminator_width: int = 16
 
     weight_pixel: float = 100.0              # λ_l2
-    weight_perceptual: tuple = (0.05, 0.1, 0.2, 0.4) # λ_p,1 … λ_p,4; paper's / 10
-    weight_adversarial: tuple = (0.04, 0.02, 0.01, 0.01) # λ_a,1, 2, 4, 8; paper's / 100
+    weight_perceptual: tuple = (0.1, 0.2, 0.4, 0.8)  # λ_p,1 … λ_p,4; paper's / 5
+    weight_adversarial: tuple = (0.2, 0.1, 0.05, 0.05)   # λ_a,1, 2, 4, 8; paper's / 20
 
     learning_rate: float = 3e-3              # 15 times the paper's: the network is small
     betas: tuple = (0.5, 0.999)              # β1, β2 of Adam
@@ -84,8 +85,8 @@ class Config:
     cooldown: float = 0.3                    # last part of the steps: the rate falls to 0
     patience: int | None = None              # validations without a better loss before
     plateau: float = 0.5                     # the rate falls to this part of itself
-    steps: int = 650
-    batch: int = 4                           # faces a process and step
+    steps: int = 450
+    batch: int = 8                           # faces a process and step
     validate_every: int = 50                 # steps; also when a checkpoint is written
     validated: int = 32                      # faces
     tested: int | None = 128                 # held-out faces measured in the end, at most
@@ -111,6 +112,7 @@ class Config:
 
 
 TINY = Config()
+HOUR = replace(TINY, preset="hour", people=1500, steps=9_000, validate_every=500)
 PAPER = replace(
     TINY, preset="paper", size=256, encoder="vgg", entries=256, dictionary_images=10_000,
     kmeans_rounds=100, smallest=2, width=64, paint_blocks=2, residual=False,
@@ -119,7 +121,7 @@ PAPER = replace(
     patience=3, steps=400_000, batch=8, validate_every=5_000, validated=200, tested=None)
 # The paper gives 4 days on 4 V100s, not steps or batch.
 RELEASED = replace(PAPER, preset="released", size=512, component_base=512, entries=512)
-PRESETS = {"tiny": TINY, "paper": PAPER}
+PRESETS = {"tiny": TINY, "hour": HOUR, "paper": PAPER}
 VARIANTS = {                                 # the rows of Tables 2 and 3
     "full": {}, "0dft": {"dft_scales": ()}, "2dft": {"dft_scales": (3, 4)},
     "no-cadain": {"cadain": False}, "no-confidence": {"confidence": False},
@@ -159,21 +161,30 @@ def paste_components(parts, boxes, stride, shape):
     """Reverse RoIAlign: parts (B,C,n,n) are resampled into their boxes (B,parts,4).
 
     Bilinear; 0 outside the boxes, the mean where they overlap; shape (h,w) → (B,C,h,w).
+    Resampling is separable: a small matrix an axis.
     """
-    x = torch.arange(shape[1], device=boxes.device) + 0.5      # centres of the features
-    y = torch.arange(shape[0], device=boxes.device) + 0.5
     total, cover = 0, 0
     for part, box in zip(parts, boxes.unbind(1)):              # a loop: sizes n differ
         x1, y1, x2, y2 = (box / stride)[:, :, None].unbind(1)
-        u = 2 * (x - x1) / (x2 - x1) - 1                       # (B,w), -1 to 1 inside
-        v = 2 * (y - y1) / (y2 - y1) - 1                       # (B,h)
-        grid = torch.stack(torch.broadcast_tensors(u[:, None], v[:, :, None]), 3)
-        inside = (grid.abs() < 1).all(3)[:, None]              # (B,1,h,w)
-        pasted = F.grid_sample(part.float(), grid, padding_mode="border",
-                               align_corners=False)
-        total = total + pasted * inside
-        cover = cover + inside
+        rows = spread_matrix(y1, y2, part.shape[2], shape[0])
+        columns = spread_matrix(x1, x2, part.shape[3], shape[1])
+        with torch.autocast(box.device.type, enabled=False):
+            total = total + torch.einsum("byi,bcij,bxj->bcyx", rows, part.float(), columns)
+        cover = cover + torch.einsum("byi,bxj->byx", rows, columns)[:, None]
     return total / cover.clamp(min=1)
+
+
+def spread_matrix(low, high, count, length):
+    """`count` samples over low … high (B,1) → values at `length` features, (B,length,count).
+
+    A feature's row holds the weights of its two nearest samples; outside it is 0.
+    """
+    centres = torch.arange(length, device=low.device) + 0.5
+    place = (centres - low) / (high - low) * count - 0.5       # in samples, (B,length)
+    inside = (place > -0.5) & (place < count - 0.5)
+    place = place.clamp(0, count - 1)
+    distance = (place[:, :, None] - torch.arange(count, device=low.device)).abs()
+    return (1 - distance).clamp(min=0) * inside[:, :, None]
 
 
 def statistics(part):
@@ -646,7 +657,7 @@ def load_frozen(args, key):
 
 def train(cfg, args):
     """Train on args.data, write the run into args.folder; see Config for every number."""
-    faces = common.load_faces(args, cfg.size)
+    faces = common.load_faces(args, cfg)
     people, validation, test = common.split_identities(faces)
     validation = common.spread(validation, cfg.validated)
     test = common.spread(test, cfg.tested)
@@ -841,7 +852,7 @@ def main(argv=None):
         net, cfg = load_network(args)
     net = for_restoration(net, args.device, args.precision)
     if args.evaluate:
-        faces = common.load_faces(args, cfg.size)
+        faces = common.load_faces(args, cfg)
         test = common.test_faces(faces, args, cfg.tested)
         run = common.Run(SCRIPT, cfg, args, faces)
         table = evaluate(net, faces, test, cfg, args)

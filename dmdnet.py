@@ -64,6 +64,7 @@ class Config:
     preset: str = "tiny"
     variant: str = "full"
     size: int = 128                          # pixels, height = width
+    people: int = 288                        # rendered ones, without --data
     seed: int = 0
 
     # Dictionaries
@@ -92,7 +93,7 @@ class Config:
     encoder: str = "recogniser"              # Φ of Eq. (12), (14); "vgg": VGG
     weight_pixel: float = 300.0              # λ_mse
     weight_perceptual: float = 2.0           # λ_perc; 1 in the paper: another Φ
-    weight_style: float = 1e-6               # λ_style; 0.1 in the paper
+    weight_style: float = 1.0                # λ_style; 0.1 in the paper
     weight_adversarial: tuple = (0.04, 0.01, 0.005)    # λ_a,r, r = 1, 2, 4; paper's / 100
 
     # Training
@@ -103,7 +104,7 @@ class Config:
     cooldown: float = 0.3                    # last part of the steps: the rate falls to 0
     patience: int | None = None              # validations without a better loss, then the
     plateau: float = 0.5                     # rate falls to so much of itself
-    crop: float = 0.05                       # largest change of place and scale
+    shift: float = 0.02                      # largest change of place
     jitter: float = 0.1                      # and of brightness and contrast
     steps: int = 420
     batch: int = 4                           # faces a process and step
@@ -134,15 +135,16 @@ class Config:
 
 
 TINY = Config()
+HOUR = replace(TINY, preset="hour", people=1500, steps=7_500, batch=8, validate_every=500)
 PAPER = replace(
     TINY, preset="paper", size=512, encoder="vgg", references=21, drawn=21,
     sides=(40, 40, 25, 55), renewed=8, width=64, depth=2, paint_blocks=2,
     spectral=True, bounded=False, residual=False, weight_perceptual=1.0, weight_style=0.1,
     weight_adversarial=(4.0, 1.0, 0.5), discriminator_width=64, learning_rate=2e-4,
-    dictionary_rate=2e-6, clip=None, cooldown=0, patience=3, crop=0, steps=400_000,
+    dictionary_rate=2e-6, clip=None, cooldown=0, patience=3, shift=0, steps=400_000,
     batch=2, validate_every=5_000, validated=200, tested=None)
 # The paper gives a batch of 8 on 4 GPUs, and no number of steps.
-PRESETS = {"tiny": TINY, "paper": PAPER}
+PRESETS = {"tiny": TINY, "hour": HOUR, "paper": PAPER}
 RELEASED = replace(PAPER, preset="released",
                    components=("left_eye", "right_eye", "mouth"))
 
@@ -221,21 +223,30 @@ def paste_components(parts, boxes, stride, shape):
     """Reverse RoIAlign: parts (B,C,n,n) are resampled into their boxes (B,parts,4).
 
     Bilinear; 0 outside the boxes, the mean where they overlap; shape (h,w) → (B,C,h,w).
+    Resampling is separable: a small matrix an axis.
     """
-    x = torch.arange(shape[1], device=boxes.device) + 0.5      # centres of the features
-    y = torch.arange(shape[0], device=boxes.device) + 0.5
     total, cover = 0, 0
     for part, box in zip(parts, boxes.unbind(1)):              # a loop: sizes n differ
         x1, y1, x2, y2 = (box / stride)[:, :, None].unbind(1)
-        u = 2 * (x - x1) / (x2 - x1) - 1                       # (B,w), -1 to 1 inside
-        v = 2 * (y - y1) / (y2 - y1) - 1                       # (B,h)
-        grid = torch.stack(torch.broadcast_tensors(u[:, None], v[:, :, None]), 3)
-        inside = (grid.abs() < 1).all(3)[:, None]              # (B,1,h,w)
-        pasted = F.grid_sample(part.float(), grid, padding_mode="border",
-                               align_corners=False)
-        total = total + pasted * inside
-        cover = cover + inside
+        rows = spread_matrix(y1, y2, part.shape[2], shape[0])
+        columns = spread_matrix(x1, x2, part.shape[3], shape[1])
+        with torch.autocast(box.device.type, enabled=False):
+            total = total + torch.einsum("byi,bcij,bxj->bcyx", rows, part.float(), columns)
+        cover = cover + torch.einsum("byi,bxj->byx", rows, columns)[:, None]
     return total / cover.clamp(min=1)
+
+
+def spread_matrix(low, high, count, length):
+    """`count` samples over low … high (B,1) → values at `length` features, (B,length,count).
+
+    A feature's row holds the weights of its two nearest samples; outside it is 0.
+    """
+    centres = torch.arange(length, device=low.device) + 0.5
+    place = (centres - low) / (high - low) * count - 0.5       # in samples, (B,length)
+    inside = (place > -0.5) & (place < count - 0.5)
+    place = place.clamp(0, count - 1)
+    distance = (place[:, :, None] - torch.arange(count, device=low.device)).abs()
+    return (1 - distance).clamp(min=0) * inside[:, :, None]
 
 
 def convolution(before, after, stride=1, dilation=1):
@@ -724,22 +735,23 @@ def reconstruction_losses(restored, target, features, target_features, cfg):
             "perceptual": cfg.weight_perceptual * perceptual}
 
 
-def gram(maps):
-    """Φᵀ Φ of maps (B,C,h,w), Φ a matrix of h·w rows: sums over positions, (B,C,C)."""
-    with torch.autocast(maps.device.type, enabled=False):    # large sums are subtracted
-        flat = maps.float().flatten(2)
-        return flat @ flat.transpose(1, 2)
+def gram_matrix(maps):
+    """ΦᵀΦ / (C h w), Φ of h·w rows: (B,C,h,w) → (B,C,C), in float32."""
+    with torch.autocast(maps.device.type, enabled=False):
+        rows = maps.float().flatten(2)
+        return rows @ rows.transpose(1, 2) / maps[0].numel()
 
 
 def style_loss(features, target_features):
-    """Eq. (14): Σ_i ‖Φ_iᵀ Φ_i − Φ_i'ᵀ Φ_i'‖² / (C_i H_i W_i), a mean over the batch.
+    """Eq. (14): Σ_i ‖Φ_iᵀ Φ_i − Φ_i'ᵀ Φ_i'‖², a mean over the batch.
 
-    As printed: it grows with the area and the fourth power of the features.
+    The printed factor 1 / (C_i H_i W_i) stands inside the norm, as in Johnson et al.
+    (2016): see gram_matrix. Outside, the loss grows with the area and drowns all others.
     """
     loss = 0
     for a, b in zip(features, target_features):
-        difference = (gram(a) - gram(b)).square().sum((1, 2))
-        loss = loss + difference.mean() / a[0].numel()
+        difference = (gram_matrix(a) - gram_matrix(b)).square().sum((1, 2))
+        loss = loss + difference.mean()
     return loss
 
 
@@ -828,7 +840,7 @@ class Batches(torch.utils.data.Dataset):
         most = min(cfg.drawn, cfg.references) if stage > 0 else 0
         count = torch.randint(most + 1, (), generator=generator).item()
         images, landmarks = with_references(self.faces, i, count, generator)
-        images, landmarks = common.augment(images, landmarks, generator, cfg.crop,
+        images, landmarks = common.augment(images, landmarks, generator, cfg.shift,
                                            cfg.jitter)
         degradation = common.DEGRADATIONS[cfg.degradation]
         degraded = common.degrade(images[:1], degradation, generator)
@@ -914,7 +926,7 @@ def parameter_groups(net, memory):
 def train(cfg, args):
     """Train on args.data, write the run into args.folder; see Config for every number."""
     cfg = replace(cfg, stage_ends=stage_ends(cfg))
-    faces = common.load_faces(args, cfg.size)
+    faces = common.load_faces(args, cfg)
     people, validation, test = common.split_identities(faces)
     validation = common.spread(validation, cfg.validated)
     test = common.spread(test, cfg.tested)
@@ -1201,7 +1213,7 @@ def main(argv=None):
         net, cfg = load_network(args)
     net = for_restoration(net, args.device, args.precision)
     if args.evaluate:
-        faces = common.load_faces(args, cfg.size)
+        faces = common.load_faces(args, cfg)
         test = common.test_faces(faces, args, cfg.tested)
         run = common.Run(SCRIPT, cfg, args, faces)
         table = evaluate(net, faces, test, cfg, args)

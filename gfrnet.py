@@ -55,6 +55,7 @@ class Config:
     preset: str = "tiny"
     variant: str = "full"
     size: int = 128                  # pixels, height = width, a power of two
+    people: int = 288                # rendered ones, without --data
     seed: int = 0
 
     guided: bool = True              # RecNet sees the guide
@@ -68,7 +69,7 @@ class Config:
     encoder: str = "recogniser"      # ψ; "vgg": VGG-Face, or VGG-19 without a file
     weight_pixel: float = 100.0      # λ_r,0
     weight_perceptual: float = 0.3   # λ_r,l; 0.001 in the paper, with another encoder
-    weight_adversarial: tuple = (0.01, 0.005)    # λ_a,g, λ_a,l; the paper's / 100
+    weight_adversarial: tuple = (0.03, 0.015)    # λ_a,g, λ_a,l; the paper's / 33
     weight_landmark: float = 10.0    # λ_lm
     weight_tv: float = 0.05          # λ_TV; 1 in the paper
     smooth: float = 0.9              # label of a true picture for the discriminators
@@ -81,7 +82,7 @@ class Config:
     warp_share: float = 0.625        # first part of the steps: WarpNet alone
     steps: int = 1600                # without a flow loss WarpNet's own are left out
     batch: int = 8                   # pairs a process and step
-    crop: float = 0.05               # largest random change of place, a part of the size
+    shift: float = 0.02              # largest random change of place, a part of the size
     validate_every: int = 100        # steps; also when a checkpoint is written
     validated: int = 32              # pairs
     tested: int | None = 128         # held-out pairs measured in the end, at most
@@ -99,13 +100,14 @@ class Config:
 
 
 TINY = Config()
+HOUR = replace(TINY, preset="hour", people=1500, steps=30_000, validate_every=1_000)
 EPOCH = 20_273                       # pairs in the paper's training set
 PAPER = replace(
     TINY, preset="paper", size=256, width=64, residual=False, discriminator_width=64,
     encoder="vgg", weight_perceptual=0.001, weight_adversarial=(1.0, 0.5), weight_tv=1.0,
     learning_rate=2e-4, cooldown=0, patience=3, warp_share=5 / 105, steps=105 * EPOCH,
     batch=1, validate_every=EPOCH, validated=200, tested=None)
-PRESETS = {"tiny": TINY, "paper": PAPER}
+PRESETS = {"tiny": TINY, "hour": HOUR, "paper": PAPER}
 
 VARIANTS = {                         # Table 1: Full, -F, -W, -W2, -WG, -WG2, R
     "full": {},
@@ -479,7 +481,7 @@ class Batches(torch.utils.data.Dataset):
         generator = common.seeded(cfg.seed, 1, step, place)
         i = self.targets[torch.randint(len(self.targets), (), generator=generator)]
         images, landmarks = load_pair(self.faces, i, self.guides, cfg, generator)
-        images, landmarks = common.augment(images, landmarks, generator, cfg.crop)
+        images, landmarks = common.augment(images, landmarks, generator, cfg.shift)
         target, guide = images
         degradation = common.DEGRADATIONS[cfg.degradation]
         degraded = common.degrade(images[:1], degradation, generator)           # Eq. (4)
@@ -496,7 +498,7 @@ class Batches(torch.utils.data.Dataset):
 
 def train(cfg, args):
     """Train on args.data, write the run into args.folder; see Config for every number."""
-    faces = common.load_faces(args, cfg.size, need_landmarks=True)
+    faces = common.load_faces(args, cfg, need_landmarks=True)
     people, validation, test = common.split_identities(faces)
     validation = common.spread(list(choose_guides(faces, validation)), cfg.validated)
     test = common.spread(list(choose_guides(faces, test)), cfg.tested)
@@ -723,7 +725,7 @@ def main(argv=None):
     net, cfg = load_network(args)
     net = common.for_inference(net, args.device, args.precision)
     if args.evaluate:
-        faces = common.load_faces(args, cfg.size, need_landmarks=True)
+        faces = common.load_faces(args, cfg, need_landmarks=True)
         test = list(choose_guides(faces, common.test_faces(faces, args, None)))
         if faces.fingerprint == args.state["data"]["fingerprint"]:
             test = common.spread(test, cfg.tested)

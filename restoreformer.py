@@ -60,6 +60,7 @@ class Config:
     preset: str = "tiny"
     variant: str = "full"
     size: int = 128                    # pixels, height = width
+    people: int = 288                  # rendered ones, without --data
     seed: int = 0
 
     encoder: str = "recogniser"        # φ of Eq. (9); "vgg": VGG-19 or VGG-Face
@@ -88,6 +89,7 @@ class Config:
 
     dictionary_rate: float = 8e-4      # learning rate of stage 1; 7e-5 in the paper
     dictionary_decay: float = 1.0      # share of stage 1, then a tenth of the rate
+    codes_times: float = 10.0          # times that for the codes; 1 in the paper
     learning_rate: float = 3e-4        # of stage 2; 7e-6 in the paper
     betas: tuple = (0.9, 0.99)         # β1, β2 of Adam
     clip: float | None = 1.0           # longest gradient; the paper clips none
@@ -96,13 +98,12 @@ class Config:
     steps: int = 1680                  # of both stages
     dictionary_share: float = 0.512    # first share of the steps: stage 1
     batch: int = 4                     # faces a process and step
-    crop: float = 0.05                 # largest change of place, a share of the size
+    shift: float = 0.02                # largest change of place, a share of the size
     jitter: float = 0.1                # of brightness and contrast
     validate_every: int = 200          # steps; also when a checkpoint is written
     validated: int = 32                # validation faces
     tested: int | None = 128           # held-out faces measured at most, None: all
     degradation: str = "restoreformer" # Eq. (19)
-    blur: float = 2.5                  # its widest σ; 10 in the paper, of 512 pixels
 
     @property
     def stride(self):
@@ -119,8 +120,8 @@ class Config:
         return 1 if step <= self.dictionary_steps else 2
 
     def restarts(self, step):
-        """Whether unused codes restart after a step: every few, until the rate falls."""
-        if not self.restart_every or step > (1 - self.cooldown) * self.dictionary_steps:
+        """Whether unused codes restart after a step: every few, in the first 80 %."""
+        if not self.restart_every or step - 1 >= 0.8 * self.dictionary_steps:
             return False
         return (step - 1) % self.restart_every == 0
 
@@ -136,17 +137,18 @@ class Config:
 
 
 TINY = Config()
+HOUR = replace(TINY, preset="hour", people=1500, steps=14_000, validate_every=1_000)
 PAPER = replace(
     TINY, preset="paper", size=512, encoder="vgg", arcface=True, codes=1024,
     code_channels=256, heads=8, widths=(64, 128, 128, 256, 256, 512), blocks=(2,) * 6,
-    doubling="nearest", groups=32, restart_every=0, weight_perceptual=1.0,
+    doubling="nearest", groups=32, restart_every=0, codes_times=1.0, weight_perceptual=1.0,
     weight_component=1.0, weight_style=2000.0, weight_adversarial=0.8,
     weight_identity=1.5, discriminator_width=64, dictionary_rate=7e-5,
     dictionary_decay=0.75, learning_rate=7e-6, clip=None, cooldown=0, steps=860_000,
-    dictionary_share=800 / 860, batch=16, crop=0, jitter=0, validate_every=5_000,
-    validated=200, tested=None, blur=10.0)
+    dictionary_share=800 / 860, batch=16, shift=0, jitter=0, validate_every=5_000,
+    validated=200, tested=None)
 RELEASED = replace(PAPER, preset="released")
-PRESETS = {"tiny": TINY, "paper": PAPER}
+PRESETS = {"tiny": TINY, "hour": HOUR, "paper": PAPER}
 
 VARIANTS = {                             # Table 4, and the last paragraph of Section 4.4
     "full": {},
@@ -595,11 +597,11 @@ def component_loss(fake):
     return sum(adversarial_loss(fake[name].scores) for name in REGIONS)
 
 
-def gram(features):
-    """Correlations of the channels: (B,C,h,w) → (B,C,C), divided by C·h·w."""
-    with torch.autocast(features.device.type, enabled=False):
-        flat = features.float().flatten(2)
-        return flat @ flat.transpose(1, 2) / flat[0].numel()
+def gram_matrix(maps):
+    """φᵀφ / (C h w), φ of h·w rows: (B,C,h,w) → (B,C,C), in float32."""
+    with torch.autocast(maps.device.type, enabled=False):
+        rows = maps.float().flatten(2)
+        return rows @ rows.transpose(1, 2) / maps[0].numel()
 
 
 def style_loss(fake, real):
@@ -610,7 +612,8 @@ def style_loss(fake, real):
     loss = 0
     for name in REGIONS:
         for ours, theirs in zip(fake[name].features, real[name].features):
-            loss = loss + (gram(ours) - gram(theirs)).square().sum((1, 2)).mean()
+            change = gram_matrix(ours) - gram_matrix(theirs)
+            loss = loss + change.square().sum((1, 2)).mean()
     return loss
 
 
@@ -668,12 +671,6 @@ def restoration_losses(cfg, restored, target, latents, fake, real, encoder, reco
 # 5. Data
 # ----------------------------------------------------------------------------------------
 
-def degradation_of(cfg):
-    """Eq. (19), with the blur of the Config."""
-    degradation = common.DEGRADATIONS[cfg.degradation]
-    return replace(degradation, blur=degradation.blur._replace(high=cfg.blur))
-
-
 class Batches(torch.utils.data.Dataset):
     """Training batch number `step`, from 0: (degraded, target, boxes).
 
@@ -697,11 +694,12 @@ class Batches(torch.utils.data.Dataset):
         generator = common.seeded(cfg.seed, stage, step, place)
         chosen = torch.randint(len(self.indices), (), generator=generator).item()
         target, landmarks = common.stack_faces(self.faces, [self.indices[chosen]])
-        target, landmarks = common.augment(target, landmarks, generator, cfg.crop,
+        target, landmarks = common.augment(target, landmarks, generator, cfg.shift,
                                            cfg.jitter)
         degraded = target
         if stage == 2:
-            degraded = common.degrade(target, degradation_of(cfg), generator)   # Eq. (19)
+            degradation = common.DEGRADATIONS[cfg.degradation]
+            degraded = common.degrade(target, degradation, generator)           # Eq. (19)
         return degraded[0], target[0], common.component_boxes(landmarks, cfg.size)[0]
 
     def __getitem__(self, step):
@@ -735,7 +733,7 @@ def train(cfg, args):
 
     checkpoint.pt holds the stage that is trained, dictionary.pt stage 1 at its end.
     """
-    faces = common.load_faces(args, cfg.size)
+    faces = common.load_faces(args, cfg)
     _, validation, test = common.split_identities(faces)
     test = common.spread(test, cfg.tested)
     encoder = common.load_encoder(cfg.encoder, args, faces)
@@ -776,7 +774,12 @@ def train_stage(stage, cfg, args, faces, encoder, recogniser):
     discriminators.to(args.device, memory_format=torch.channels_last)
     usage = Usage(cfg.codes).to(args.device)
     learned = [weight for weight in net.parameters() if weight.requires_grad]
-    optimizer = torch.optim.Adam(learned, betas=cfg.betas, fused=True)
+    groups = [{"params": learned}]
+    if stage == 1:                     # at the encoder's own rate the codes lag behind it
+        codes = net.dictionary.codes
+        groups = [{"params": [weight for weight in learned if weight is not codes]},
+                  {"params": [codes], "times": cfg.codes_times}]
+    optimizer = torch.optim.Adam(groups, betas=cfg.betas, fused=True)
     optimizer_d = torch.optim.Adam(discriminators.parameters(), betas=cfg.betas,
                                    fused=True)
     run = open_run(stage, cfg, args, faces, encoder, recogniser, net=net, usage=usage,
@@ -918,7 +921,8 @@ def restored_batches(net, faces, indices, cfg, scale, stage=2, batch=16,
         degraded = target
         if stage == 2:
             generator = common.seeded(cfg.seed, 4, scale or 0, start)
-            degraded = common.degrade(target, degradation_of(cfg), generator, scale)
+            degradation = common.DEGRADATIONS[cfg.degradation]
+            degraded = common.degrade(target, degradation, generator, scale)
         restored = restore(net, degraded, landmarks, batch, precision)
         yield {"degraded": degraded, "restored": restored, "target": target,
                "landmarks": landmarks}
@@ -1025,7 +1029,7 @@ def main(argv=None):
         net, cfg = load_network(args)
     net = for_restoration(net, args.device, args.precision)
     if args.evaluate:
-        faces = common.load_faces(args, cfg.size)
+        faces = common.load_faces(args, cfg)
         test = common.test_faces(faces, args, cfg.tested)
         run = common.Run(SCRIPT, cfg, args, faces)
         table = evaluate(net, faces, test, cfg, args)

@@ -665,7 +665,8 @@ def by_hand(restored, target, ours, theirs):
             perceptual += ((a - b) ** 2).sum() / a.size / count
             for c in range(len(a)):
                 for d in range(len(a)):
-                    style += ((a[c] * a[d]).sum() - (b[c] * b[d]).sum()) ** 2 / a.size / count
+                    gap = (a[c] * a[d]).sum() / a.size - (b[c] * b[d]).sum() / a.size
+                    style += gap ** 2 / count
     return pixel, perceptual, style
 
 
@@ -792,9 +793,30 @@ def test_batches_are_a_pure_function_of_seed_step_and_place(monkeypatch):
         assert not torch.equal(whole[0][:2], other[0]) and not torch.equal(whole[3][:2], other[3])
 
 
+def test_only_the_degraded_faces_landmarks_are_off_by_sigma_pixels_in_training():
+    faces, cfg = Album([4, 3, 5]), replace(TINY, batch=8, landmark_noise=0.1)
+    clean = asffnet.Batches(faces, range(12), replace(cfg, landmark_noise=0.0))[0]
+    noisy = asffnet.Batches(faces, range(12), cfg)[0]
+    for place in (0, 1, 3, 4):                                        # all but `landmarks`
+        assert torch.equal(clean[place], noisy[place])
+    error = noisy[2] - clean[2]
+    assert error.std().item() == pytest.approx(0.1 * cfg.size, rel=0.1) and error.mean().abs() < 0.5
+
+
+def test_evaluation_can_take_landmarks_that_are_off():
+    faces, net = common.RenderedFaces(64, identities=4, per_identity=4), network()
+    clean, = asffnet.restored_batches(net, faces, [0, 1, 5, 8], net.cfg, 4)
+    noisy, = asffnet.restored_batches(net, faces, [0, 1, 5, 8], net.cfg, 4, noise=2.0)
+    assert torch.equal(clean["degraded"], noisy["degraded"])
+    error = noisy["landmarks"] - clean["landmarks"]
+    assert error.std().item() == pytest.approx(2, rel=0.1)
+    assert not torch.equal(clean["restored"], noisy["restored"])
+
+
 def test_a_batch_degrades_the_target_alone_and_never_guides_a_face_by_itself():
     faces = Album([4, 3, 1, 5, 2])
-    batches = asffnet.Batches(faces, range(11), replace(TINY, batch=6, jitter=0.0, crop=0.0))
+    batches = asffnet.Batches(faces, range(11), replace(TINY, batch=6, jitter=0.0, shift=0.0,
+                                                            landmark_noise=0.0))
     seen = set()
     for step in range(6):
         degraded, target, landmarks, exemplars, theirs = batches[step]
@@ -914,7 +936,7 @@ def watched(face_folder, tmp_path_factory):
 
     cfg = replace(TINY, steps=3, validate_every=3, residual=False, learning_rate=2e-4, clip=None,
                   weights_times=1.5, cooldown=0.9, weight_pixel=2000.0, weight_perceptual=300.0,
-                  weight_style=0.4, weight_adversarial=2000.0, batch=4)
+                  weight_style=4e5, weight_adversarial=2000.0, batch=4)
     patch.setattr(common, "recogniser", lambda faces, purpose="loss", device="cpu": encoder())
     patch.setattr(torch.optim, "Adam", WatchedAdam)
     patch.setattr(asffnet, "evaluate", lambda *_: {})
@@ -949,7 +971,7 @@ def test_the_first_step_follows_the_gradient_of_equation_17(watched):
     for a, b in zip(psi.features(restored), psi.features(target), strict=True):
         perceptual = perceptual + (a - b).square().mean()
         change = torch.einsum("bchw,bdhw->bcd", a, a) - torch.einsum("bchw,bdhw->bcd", b, b)
-        style = style + change.square().sum() / a.numel()
+        style = style + (change / a[0].numel()).square().sum() / len(a)
     terms = [cfg.weight_pixel * (restored - target).square().mean(),
              cfg.weight_perceptual * perceptual,
              cfg.weight_style * style,

@@ -238,6 +238,7 @@ def test_help_lists_the_options_presets_and_variants(script, run, tmp_path):
     assert ("--reference" in words) == (script in GUIDED)
 
 
+@pytest.mark.slow
 @only("dfdnet")
 def test_worker_processes_change_nothing(trained, run, people, tmp_path):
     done = run("dfdnet", "--train", "--data", people, "--workers", 1, "--out", "run", cwd=tmp_path,
@@ -264,6 +265,7 @@ def test_dfdnets_dictionary_is_made_of_the_training_people_alone(train, people):
                    for name, part in mixed["scale1"].items())
 
 
+@pytest.mark.slow
 @only("dfdnet", "restoreformer")
 def test_a_checkpoint_elsewhere_has_its_dictionary_beside_it(trained, run, people, photos, tmp_path):
     checkpoint = tmp_path / "kept" / "mine.pt"
@@ -279,6 +281,7 @@ def test_a_checkpoint_elsewhere_has_its_dictionary_beside_it(trained, run, peopl
 
 # Measuring
 
+@pytest.mark.slow
 def test_evaluate_repeats_the_figures_of_the_training(trained, run, tmp_path):
     """Without --data: on the recorded folder. Seconds and steps are the run's. To the last digit, but for
     DFDNet, whose spectral norms are summed in another order when they are folded."""
@@ -294,6 +297,7 @@ def test_evaluate_repeats_the_figures_of_the_training(trained, run, tmp_path):
     assert "x4" in done.stdout and "\x1b" not in done.stdout
 
 
+@pytest.mark.slow
 def test_evaluate_on_other_data_measures_all_faces_of_people_not_trained_on(trained, run, people, tmp_path):
     """Two people of other names than the training's, one of the same; more faces than Config.tested."""
     folder = copy_run(trained, tmp_path / "run")
@@ -411,6 +415,7 @@ def test_gfrnet_without_guide_wants_no_reference(train, run, photos, tmp_path):
     assert (tmp_path / "restored" / "0.png").is_file() and "guide:" not in done.stdout
 
 
+@pytest.mark.slow
 @only(*GUIDED)
 def test_a_reference_is_one_picture_or_a_folder_and_a_bad_one_is_left_out(trained, run, people, photos,
                                                                           tmp_path):
@@ -457,6 +462,7 @@ def test_asffnet_chooses_for_every_photo_and_says_which(trained, run, people, ph
         f"{photos / '1.png'}: guided by {folder / '1.png'}"]
 
 
+@pytest.mark.slow
 @only("dmdnet")
 def test_a_stored_dictionary_restores_as_its_pictures_do(trained, train, run, people, photos, tmp_path):
     checkpoint = ["--checkpoint", trained.checkpoint]
@@ -533,6 +539,7 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one_to_the_bit(script, deat
     assert common.load_weights(checkpoint)["seconds"] > saved["seconds"]
 
 
+@pytest.mark.slow
 def test_resume_with_more_steps_goes_on_with_the_recorded_data(trained, run, tmp_path):
     folder = copy_run(trained, tmp_path / "run")
     done = run(trained.script, "--train", "--resume", "--steps", 8, "--out", folder, cwd=tmp_path,
@@ -543,6 +550,7 @@ def test_resume_with_more_steps_goes_on_with_the_recorded_data(trained, run, tmp
     assert read_json(folder / "config.json")["steps"] == 8
 
 
+@pytest.mark.slow
 @only("dfdnet")
 def test_resume_takes_the_same_faces_elsewhere_and_no_corrected_landmarks(trained, run, people, tmp_path):
     folder, faces = copy_run(trained, tmp_path / "run"), tmp_path / "faces"
@@ -566,6 +574,7 @@ def test_a_run_stopped_by_ctrl_c_says_how_to_go_on(trained, run, people, tmp_pat
     assert done.status == 130 and "--resume" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_one_of_its_parts_is_refused_in_a_line(trained, train, tmp_path, monkeypatch):
     """DFDNet's has what all checkpoints have."""
     monkeypatch.chdir(tmp_path)
@@ -931,6 +940,7 @@ for name, about in SCRIPTS.items():
     BAD_INPUT[name]["odd_size"] = options("--train", "--size", str(number), expected=f"{number}.*{rule}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained, case", [(name, case) for name in SCRIPTS for case in BAD_INPUT[name]],
                          indirect=["trained"])
 def test_bad_input_ends_with_one_line_and_nothing_lost(trained, case, people, tmp_path, monkeypatch):

@@ -866,6 +866,7 @@ def restored_by(checkpoint):
     return dfdnet.restore(net, uniform(2, 3, 64, 64, seed=4), some_landmarks(2), precision="float32"), cfg
 
 
+@pytest.mark.slow
 def test_the_dictionary_lies_beside_the_checkpoint_stays_on_resume_and_fits_no_other_run(
     quick, folder, tmp_path
 ):

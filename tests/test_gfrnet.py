@@ -589,7 +589,7 @@ def test_batches_hold_targets_with_their_guides_flipped_together(rendered, monke
 
     monkeypatch.setattr(common, "degrade", degrade)
     guides = gfrnet.choose_guides(rendered, range(10, 30))
-    batches = gfrnet.Batches(rendered, range(10, 30), replace(TINY, batch=8, crop=0.0))
+    batches = gfrnet.Batches(rendered, range(10, 30), replace(TINY, batch=8, shift=0.0))
     used, flips = set(), []
     for step in range(3):
         degraded, *batch = batches[step]
@@ -609,7 +609,7 @@ def test_batches_hold_targets_with_their_guides_flipped_together(rendered, monke
 
 def test_random_guides_of_batches_are_other_people_drawn_anew(rendered):
     """The ablation with a guide of a different identity, Ours(R)."""
-    cfg = replace(TINY, batch=6, crop=0.0, stranger=True)
+    cfg = replace(TINY, batch=6, shift=0.0, stranger=True)
     batches = gfrnet.Batches(rendered, list(range(20)), cfg)
     pairs = set()
     for step in range(5):

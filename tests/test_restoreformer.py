@@ -517,13 +517,6 @@ def test_two_processes_see_what_one_with_twice_their_batch_would(faces, monkeypa
         assert torch.equal(part, torch.cat([first, second]))
 
 
-def test_the_blur_of_equation_19_is_the_configs_and_the_rest_the_papers():
-    papers = common.DEGRADATIONS["restoreformer"]
-    assert rf.degradation_of(rf.PAPER) == papers
-    narrow = rf.degradation_of(replace(rf.PAPER, blur=3.0))
-    assert narrow.blur.high == 3 and replace(narrow, blur=papers.blur) == papers
-
-
 def test_identity_in_place_of_arcface_and_arcface_from_its_file(faces, monkeypatch):
     args = SimpleNamespace(arcface=None, state=None, device=torch.device("cpu"))
     made = recogniser()
@@ -588,9 +581,9 @@ def test_unused_codes_become_features_and_used_ones_stay():
     assert torch.equal(*made)
 
 
-def test_restarts_end_when_the_rate_falls():
-    cfg = replace(rf.TINY, steps=200, dictionary_share=0.5, cooldown=0.5, restart_every=20)
-    assert [step for step in range(1, 201) if cfg.restarts(step)] == [1, 21, 41]
+def test_restarts_end_when_four_fifths_of_stage_1_are_done():
+    cfg = replace(rf.TINY, steps=200, dictionary_share=0.5, restart_every=20)
+    assert [step for step in range(1, 201) if cfg.restarts(step)] == [1, 21, 41, 61]
     assert not any(rf.PAPER.restarts(step) for step in (1, 20, 800_000))
 
 
@@ -669,7 +662,10 @@ def test_a_step_of_each_stage_follows_the_gradient_of_its_sum(train, faces):
                              for f in (a, b)]
                     gap = (grams[0] - grams[1]).square().sum((1, 2)).mean()
                     hand["style"] = hand["style"] + 5 * gap
-        learned = [weight for weight in net.parameters() if weight.requires_grad]
+        codes = net.dictionary.codes
+        learned = [weight for weight in net.parameters()
+                   if weight.requires_grad and weight is not codes]
+        learned += [codes] if stage == 1 else []
         gradients = torch.autograd.grad(sum(hand.values()), learned)
         real, fake = judges(target, boxes), judges(restored.detach(), boxes)
         hand["discriminator"] = -sum(
@@ -689,6 +685,9 @@ def test_a_step_of_each_stage_follows_the_gradient_of_its_sum(train, faces):
             torch.testing.assert_close(torch.cat(given), expected, rtol=1e-3,
                                        atol=1e-4 * expected.abs().max().item())
             assert state[part]["param_groups"][0]["lr"] == pytest.approx(cfg.rate(stage))
+        if stage == 1:
+            of_codes = state["optimizer"]["param_groups"][1]["lr"]
+            assert of_codes == pytest.approx(cfg.codes_times * cfg.rate(1)) and cfg.codes_times > 1
 
 
 def test_a_gradient_is_no_longer_than_clip(train):
@@ -740,7 +739,7 @@ def test_the_codes_stand_still_in_stage_2_and_all_else_learns(whole):
 
 
 def test_codes_out_of_use_restart_in_stage_1(train):
-    state = train("--stage", 1, steps=2, cooldown=0.0)["dictionary.pt"]
+    state = train("--stage", 1, steps=2, cooldown=0.0, codes_times=1.0)["dictionary.pt"]
     cfg = rf.Config(**state["config"])
     torch.manual_seed(cfg.seed)
     old = rf.RestoreFormer(cfg, 1).dictionary.codes
@@ -776,6 +775,7 @@ def test_stage_1_restores_nothing(whole, tmp_path):
         rf.main(["--restore", str(tmp_path), "--checkpoint", str(checkpoint)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["exp1", "exp4", "recognition-dictionary"])
 def test_a_variant_trains_and_is_loaded_again(variant, train, tmp_path):
     state = train("--variant", variant, steps=2)["checkpoint.pt"]
@@ -886,7 +886,7 @@ def test_a_short_training_learns_to_paint_people_it_has_never_seen(face_folder, 
     held = validation + test
     cfg = replace(rf.TINY, size=64, codes=128, code_channels=32, widths=(16, 32, 48),
                   blocks=(0, 1, 1), discriminator_width=8, steps=140, dictionary_share=0.5,
-                  validate_every=70, validated=4, blur=1.25, restart_every=10,
+                  validate_every=70, validated=4, restart_every=10,
                   weight_perceptual=0.02, weight_identity=0.02)
     args = SimpleNamespace(
         device=torch.device("cpu"), precision="auto", state=None, train=True, begin=0.0,
