@@ -964,8 +964,12 @@ def evaluate(net, faces, indices, cfg, args):
 def for_restoration(net, device, precision="auto"):
     """The network made ready to restore with, for good: see common.for_inference.
 
-    What chooses the codes keeps float32, unless all is to be bfloat16.
+    What chooses the codes keeps float32, unless all is to be bfloat16. The released
+    decoder's doublings become one with the convolutions behind them.
     """
+    for module in list(net.modules()):
+        if isinstance(module, ReleasedLevel):
+            module.resize = merge_doubling(module.resize)
     exact = () if precision == "bfloat16" else net.exact
     return common.for_inference(net, device, precision, exact)
 
@@ -1090,6 +1094,25 @@ class ReleasedLevel(nn.Module):
             if self.attn:
                 x = self.attn[index](x, y)
         return self.resize(x)
+
+
+@torch.no_grad()
+def merge_doubling(resize):
+    """A nearest doubling and the 3×3 convolution behind it as one transposed convolution.
+
+    To repeat each value 2×2 times is a transposed convolution with ones, of stride 2. A
+    convolution behind it convolves its kernel with these ones: 4×4 weights, of which four
+    reach a pixel in place of nine. Layers without a doubling stay as they are.
+    """
+    if not any(isinstance(layer, nn.Upsample) for layer in resize):
+        return resize
+    layer = resize[1]
+    kernel = layer.weight.flip(2, 3).transpose(0, 1)    # as transposed convolutions have it
+    shifted = [F.pad(kernel, (x, 1 - x, y, 1 - y)) for x in (0, 1) for y in (0, 1)]
+    merged = nn.ConvTranspose2d(layer.in_channels, layer.out_channels, 4, 2, 1)
+    merged.weight.copy_(sum(shifted))
+    merged.bias.copy_(layer.bias)
+    return merged
 
 
 def released_middle(channels, cfg):

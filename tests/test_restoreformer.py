@@ -769,6 +769,15 @@ def test_stages_that_do_not_fit_are_refused_in_a_line(train, whole, tmp_path, op
     assert "\n" not in str(caught.value)
 
 
+def test_a_doubling_merges_with_the_convolution_behind_it():
+    torch.manual_seed(3)
+    layers = torch.nn.Sequential(torch.nn.Upsample(scale_factor=2), torch.nn.Conv2d(5, 4, 3, padding=1))
+    x = torch.randn(2, 5, 6, 7)
+    torch.testing.assert_close(rf.merge_doubling(layers)(x), layers(x), atol=1e-5, rtol=0)
+    same = torch.nn.Sequential(torch.nn.Conv2d(5, 4, 3))
+    assert rf.merge_doubling(same) is same
+
+
 def test_stage_1_restores_nothing(whole, tmp_path):
     checkpoint = whole[0] / "dictionary.pt"
     with pytest.raises(common.InputError, match="holds stage 1.*--train --resume"):
