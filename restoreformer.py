@@ -16,7 +16,7 @@ Equation → name
     (4) Attention                perceptual_loss       (16) commitment_loss
     (5) MultiHead           (10) code_loss             (17) as (9) and (12)
     (6) Attention           (11) component_loss,       (18) dictionary_losses
-                                 style_loss            (19) degradation_of, common.degrade
+                                 style_loss            (19) common.degrade
                             (12) adversarial_loss, identity_loss; D's: discriminator_loss
 
     python restoreformer.py --train                       # rendered faces, two CPU cores

@@ -936,7 +936,7 @@ def watched(face_folder, tmp_path_factory):
 
     cfg = replace(TINY, steps=3, validate_every=3, residual=False, learning_rate=2e-4, clip=None,
                   weights_times=1.5, cooldown=0.9, weight_pixel=2000.0, weight_perceptual=300.0,
-                  weight_style=4e5, weight_adversarial=2000.0, batch=4)
+                  weight_style=4e3, weight_adversarial=2000.0, batch=4)
     patch.setattr(common, "recogniser", lambda faces, purpose="loss", device="cpu": encoder())
     patch.setattr(torch.optim, "Adam", WatchedAdam)
     patch.setattr(asffnet, "evaluate", lambda *_: {})
