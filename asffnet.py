@@ -24,8 +24,9 @@ Equation → name
 Open in the paper, chosen here: the layers, those of the released network where they fit;
 in Eq. (2) landmarks are in pixels of a 256×256 image; their weights are exponentials, so
 that they stay positive; Eq. (4) is used every few steps; all blocks see the same aligned
-guide and landmark features; Eq. (13) is the sum that is printed, over all positions.
-TINY differs from the paper in size, and in what Config says beside it.
+guide and landmark features; the factor of Eq. (13) stands inside its norm; landmarks of
+degraded faces are noisy in training, as a detector's are. TINY differs from the paper in
+size, and in what Config says beside it.
 """
 from dataclasses import dataclass, replace
 
@@ -692,11 +693,9 @@ def train(cfg, args):
         discriminator.requires_grad_(False)
         with common.autocast(args.device, args.precision):
             restored = forward(degraded, guide, landmarks, guide_landmarks)
-            features = encoder.features(restored)
-            target_features = encoder.features(target)
-            fake = discriminator(restored)
-            losses = reconstruction_losses(restored, target, features, target_features, cfg)
-            losses |= photo_realistic_losses(features, target_features, fake, cfg)
+            features = encoder.features(restored), encoder.features(target)
+            losses = reconstruction_losses(restored, target, *features, cfg)
+            losses |= photo_realistic_losses(*features, discriminator(restored), cfg)
         optimizer.zero_grad(set_to_none=True)
         sum(losses.values()).backward()                                         # Eq. (17)
         if cfg.clip is not None:
@@ -749,8 +748,8 @@ def validate(net, encoder, faces, indices, cfg):
     for batch in restored_batches(net, faces, indices, cfg, None):
         with common.inference(encoder) as device:
             restored, target = batch["restored"].to(device), batch["target"].to(device)
-            losses = reconstruction_losses(restored, target, encoder.features(restored),
-                                         encoder.features(target), cfg)
+            features = encoder.features(restored), encoder.features(target)
+            losses = reconstruction_losses(restored, target, *features, cfg)
         quality = common.psnr(batch["restored"], batch["target"])
         loss = sum(losses.values()).cpu().expand_as(quality)
         found.append(torch.stack([loss, quality]))

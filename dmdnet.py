@@ -30,8 +30,9 @@ first stage extracts a few in turn, with gradient; the others keep their last ke
 values. The second stage writes a few other sharp faces a step, each into the item with
 the nearest key. What these stages write they do not restore: no face reads itself. Stages
 end after a share of the steps. References come in after the first, when Θ_spe starts as a
-copy of Θ_gen. The change of a component is pasted back, the mean where boxes overlap. TINY
-differs from the paper in size, and in what Config says beside it.
+copy of Θ_gen. The change of a component is pasted back, the mean where boxes overlap. The
+factor of Eq. (14) stands inside its norm. TINY differs from the paper in size, and in
+what Config says beside it.
 """
 import itertools
 import math
@@ -959,8 +960,8 @@ def train(cfg, args):
             restored = forward(batch["degraded"], batch["boxes"], batch["references"],
                                batch["reference_boxes"], batch["owner"], generic)
             features = encoder.features(restored), encoder.features(batch["target"])
-            losses = {**reconstruction_losses(restored, batch["target"], *features, cfg),
-                      **photo_realistic_losses(*features, discriminators(restored), cfg)}
+            losses = reconstruction_losses(restored, batch["target"], *features, cfg)
+            losses |= photo_realistic_losses(*features, discriminators(restored), cfg)
         optimizer.zero_grad(set_to_none=True)
         sum(losses.values()).backward()                                 # Eq. (18)
         if cfg.clip is not None:
