@@ -36,7 +36,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import common
-from common import InputError
+from common import Claim, InputError
 
 SCRIPT = "asffnet"
 STRIDE = 4                           # pixels a feature
@@ -151,6 +151,14 @@ PAPER_FIGURES = {name: dict(zip(COLUMNS, row)) for name, row in {
     "no-mls": (26.45, 0.903, 0.214, 23.12, 0.854, 0.263),
     "untrained-guide-features": (27.58, 0.917, 0.155, 23.47, 0.865, 0.281),
 }.items()}
+CLAIMS = [                           # "full" has four ASFF blocks
+    Claim("exemplars-3", "exemplars-1"), Claim("exemplars-5", "exemplars-3"),
+    Claim("exemplars-10", "exemplars-1"),                                    # Table 1
+    Claim("4-concat", "1-concat"), Claim("1-asff", "1-concat"), Claim("2-asff", "1-asff"),
+    Claim("full", "2-asff"), Claim("full", "4-concat"), Claim("full", "no-attention-4"),
+    Claim("no-attention-4", "no-attention-1"), Claim("full", "no-adain"),
+    Claim("full", "no-mls"), Claim("full", "untrained-guide-features"),
+    Claim("8-asff", "full", equal=True)]                                     # Table 2
 
 
 # --------------------------------------------------------------------------------------
@@ -855,6 +863,16 @@ def evaluate(net, faces, indices, cfg, args):
     return table
 
 
+def evaluate_network(net, cfg, args):
+    """--evaluate: measure a network on held-out faces and write what was found."""
+    faces = common.load_faces(args, cfg, need_landmarks=True)
+    test = common.test_faces(faces, args, cfg.tested)
+    run = common.Run(SCRIPT, cfg, args, faces)
+    table = evaluate(net, faces, test, cfg, args)
+    pictures = samples(net, faces, test, cfg, args.precision)
+    common.report(run, table, pictures)
+
+
 def load_network(args):
     """The network of the checkpoint, and its Config."""
     cfg = common.recorded_config(args, Config)
@@ -877,9 +895,14 @@ def main(argv=None):
                              "person, or one")
     args = common.parse(parser, argv, SCRIPT)
     if args.train:
-        cfg = common.chosen_config(args, PRESETS, VARIANTS)
-        common.check_size(cfg.size, 16)
-        train(cfg, args)
+        for run in common.planned_runs(args, SCRIPT, PRESETS, VARIANTS, CLAIMS, PAPER_FIGURES,
+                                       tested="exemplars"):
+            if run.evaluate:
+                evaluate_network(*load_network(run), run)
+                continue
+            cfg = common.chosen_config(run, PRESETS, VARIANTS)
+            common.check_size(cfg.size, 16)
+            train(cfg, run)
         return 0
 
     if args.weights:
@@ -888,12 +911,7 @@ def main(argv=None):
         net, cfg = load_network(args)
     net = common.for_inference(net, args.device, args.precision)
     if args.evaluate:
-        faces = common.load_faces(args, cfg, need_landmarks=True)
-        test = common.test_faces(faces, args, cfg.tested)
-        run = common.Run(SCRIPT, cfg, args, faces)
-        table = evaluate(net, faces, test, cfg, args)
-        pictures = samples(net, faces, test, cfg, args.precision)
-        common.report(run, table, pictures)
+        evaluate_network(net, cfg, args)
         return 0
 
     if args.reference is None:

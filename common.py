@@ -30,6 +30,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import sys
 import time
 import urllib.parse
@@ -52,7 +53,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 __all__ = [       # what scripts, notebooks and README use; a rename is a decision
-    "ArcFace", "COMPONENTS", "DEGRADATIONS", "Degradation", "FFHQ_TEMPLATE", "FID",
+    "ArcFace", "COMPONENTS", "Claim", "DEGRADATIONS", "Degradation", "FFHQ_TEMPLATE", "FID",
     "Face", "FaceFolder", "INNER_LIP", "InputError", "JAW", "LEFT_EYE", "LPIPS",
     "NOSE_BASE", "NOSE_BRIDGE", "OUTER_LIP", "Progress", "RIGHT_EYE", "Range",
     "Recogniser", "RenderedFaces", "Run", "TASKS", "VGG", "add_fid", "align_face",
@@ -65,7 +66,7 @@ __all__ = [       # what scripts, notebooks and README use; a rename is a decisi
     "landmark_mask", "load_checkpoint", "load_encoder", "load_faces", "load_fid",
     "load_named", "load_part", "load_weights", "mean_landmarks", "measure", "metrics",
     "motion_kernels", "pack", "paired_gain", "parallel", "parse", "paste_face",
-    "psnr", "rank", "read_image", "read_landmarks", "read_published",
+    "planned_runs", "psnr", "rank", "read_image", "read_landmarks", "read_published",
     "read_references", "recogniser", "recorded_config", "renamed", "report",
     "restore_files", "run_script", "save_checkpoint", "seeded", "set_rate", "show",
     "similarity", "split_identities", "spread", "ssim", "stack_faces", "stack_person",
@@ -2140,7 +2141,10 @@ def arguments(doc, presets, variants):
     add("--aligned", action="store_true", help="pictures are FFHQ-aligned crops")
     add("--preset", choices=presets, help="tiny (default): minutes on a CPU; paper: the paper's sizes and "
         "schedule")
-    add("--variant", choices=variants, help="a row of the paper's ablation tables")
+    add("--variant", choices=[*variants, "all"], help="a row of the paper's ablation tables; all: for "
+        "--train, every row in turn, those finished left out, then the paper's table beside ours")
+    add("--seeds", type=_whole_number(1), default=1, help="for --variant all: train every row with so "
+        "many seeds (default 1)")
     add("--resume", action="store_true", help="go on exactly where the last checkpoint stopped")
     add("--size", type=_whole_number(1), help="pixels, height = width")
     add("--steps", type=_whole_number(1), help="training steps")
@@ -2173,11 +2177,17 @@ def parse(parser, argv, script):
 
     device: torch.device; folder: of the run; out: of restored pictures; checkpoint: a
     Path; state: the checkpoint, read once, where the command goes on from one or uses
-    one; else None. """
+    one; else None; prepared: another row's dictionary.pt is there (`planned_runs`). """
     args = parser.parse_args(argv)
     args.begin = time.monotonic()
+    args.prepared = False
     if args.resume and not args.train:
         raise InputError("--resume belongs to --train")
+    if args.variant == "all" and (not args.train or args.resume or args.checkpoint):
+        raise InputError("--variant all belongs to --train, without --resume or --checkpoint: it goes on "
+                         "by itself where it was cut off")
+    if args.seeds > 1 and args.variant != "all":
+        raise InputError("--seeds belongs to --variant all")
     if args.weights is not None:
         for name in ("train", "checkpoint", "preset", "variant", "size", "vggface"):
             if getattr(args, name):
@@ -2188,7 +2198,7 @@ def parse(parser, argv, script):
     args.device = _choose_device(args.device)
     _start_processes(args.device)
     args.folder = Path("runs") / script
-    if args.weights is not None or args.variant not in (None, "full"):
+    if args.weights is not None or args.variant not in (None, "full", "all"):
         args.folder = Path("runs") / f"{script}-{args.variant or 'released'}"
     if args.restore is None and args.out is not None:
         args.folder = Path(args.out)
@@ -2472,8 +2482,8 @@ def load_fid(args):
 
 @torch.inference_mode()
 def measure(batches, metrics, columns=None, fid=None):
-    """One task's table: means over all faces, and the mean paired gain in PSNR with its
-    95 % interval.
+    """One task's table: means over all faces, the mean paired gain in PSNR with its 95 %
+    interval, and under "each" the values of every face.
 
     batches: dicts with "degraded", "restored", "target" (B,3,H,W); columns: {name in
     the table: name in the batch}, in the first place the input, then the restored face.
@@ -2498,21 +2508,24 @@ def measure(batches, metrics, columns=None, fid=None):
             table[name]["fid"] = frechet_distance(torch.cat(seen[name]), reference)
     before, after = list(values.values())[:2]
     return {"faces": len(after["psnr"]), **table,
-            "paired_psnr_gain": paired_gain(after["psnr"], before["psnr"])}
+            "paired_psnr_gain": paired_gain(after["psnr"], before["psnr"]), "each": values}
 
 
 def report(run, table, pictures):
-    """The end of a run: write result.json and the pictures, {file name: (3,H,W) or a
-    Figure}; print the table {task: measure(…)} and what the folder holds. Results on
-    other --data carry that folder's name."""
+    """The end of a run: write result.json, faces.csv and the pictures, {file name:
+    (3,H,W) or a Figure}; print the table {task: measure(…)} and what the folder holds.
+    Results on other --data carry that folder's name."""
     if rank() > 0:
         return
     args = run.args
     other = args.data is not None and not args.train and not _own_faces(run.faces, args)
     data = args.data or (args.state or {"data": {"data": None}})["data"]["data"] or "rendered"
     end = f"-{Path(args.data).resolve().name}" if other else ""
-    written = [args.folder / f"result{end}.json"]
-    _write_json(written[0], {
+    written = [args.folder / f"faces{end}.csv", args.folder / f"result{end}.json"]
+    _write_faces(written[0], {task: row["each"] for task, row in table.items()})
+    table = {task: {name: part for name, part in row.items() if name != "each"}
+             for task, row in table.items()}
+    _write_json(written[1], {
         "script": run.script, "variant": run.cfg.variant, "preset": run.cfg.preset, "data": str(data),
         "size": run.cfg.size, "steps": run.step, "seconds": round(run.seconds, 1), "test": table})
     for name, picture in pictures.items():
@@ -2527,6 +2540,18 @@ def report(run, table, pictures):
     _print_table(table)
     files = sorted(file.name for file in args.folder.iterdir() if not file.name.startswith("."))
     print(f"\n{args.folder}: {', '.join([path.name for path in written] if other else files)}")
+
+
+def _write_faces(path, values):
+    """faces.csv: a line a task, column and face, from {task: {column: {metric: (N,)}}}."""
+    with _replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        lines = csv.writer(file)
+        for task, columns in values.items():
+            for column, metrics in columns.items():
+                if file.tell() == 0:
+                    lines.writerow(["task", "column", "face", *metrics])
+                for face, numbers in enumerate(torch.stack(list(metrics.values()), 1).tolist()):
+                    lines.writerow([task, column, face, *(round(number, 5) for number in numbers)])
 
 
 def _print_table(table):
@@ -2551,6 +2576,173 @@ def _print_table(table):
             if column not in ("faces", "input", "restored", "paired_psnr_gain"):
                 line = "".join(f"{cell:>18}" for cell in cells(row, column))
                 print(f"{task:8}{'':6}{line}   {column}")
+
+
+# The paper's ablation table
+
+class Claim(NamedTuple):
+    """What an ablation table says: a row is better than another by this metric, or, if
+    `equal`, as good to a tenth of its unit."""
+    better: str
+    worse: str
+    metric: str = "psnr"
+    equal: bool = False
+
+
+def planned_runs(args, script, presets, variants, claims, figures, prepared=None, tested=None):
+    """The command lines that --train stands for: itself; with --variant all one for each
+    row and seed that is not finished. Then the paper's table stands beside ours.
+
+    claims: of Claim; figures: the paper's, {row: {column: value}}. Rows of equal numbers
+    are one run. `prepared` names the number of Config that decides what dictionary.pt
+    holds: it is made once for each. `tested` names one that training does not read: its
+    rows come as --evaluate. """
+    if args.variant != "all":
+        yield args
+        return
+    first_seed = args.seed or 0
+    folders = {variant: [] for variant in variants}
+    runs, networks, dictionaries = {}, {}, {}
+    for seed in range(first_seed, first_seed + args.seeds):
+        for variant in variants:
+            row = copy.copy(args)
+            row.variant, row.seed, row.begin = variant, seed, time.monotonic()
+            cfg = chosen_config(row, presets, variants)
+            name = args.folder.name + ("" if variant == "full" else f"-{variant}")
+            name += "" if seed == first_seed else f"-seed{seed}"
+            numbers = replace(cfg, variant="full")
+            folder = runs.setdefault(numbers, args.folder.with_name(name))
+            folders[variant].append(folder)
+            learned = replace(numbers, **{tested: None}) if tested else numbers
+            network = networks.setdefault(learned, folder)
+            dictionary = dictionaries.setdefault((seed, getattr(cfg, prepared or "seed")), folder)
+            if folder.name != name or _is_finished(folder, cfg, args):
+                continue
+            row.folder, row.checkpoint = folder, network / "checkpoint.pt"
+            if row.checkpoint.is_file():
+                row.state = load_checkpoint(row.checkpoint, script)
+                row.resume = folder == network
+            if folder != network:
+                row.train, row.evaluate = False, True
+            elif dictionary != folder:
+                with first():
+                    _copy(dictionary / "dictionary.pt", folder / "dictionary.pt")
+                row.prepared = not row.resume and (folder / "dictionary.pt").is_file()
+            if rank() == 0:
+                print(f"\n{variant}, seed {seed}: {folder}", flush=True)
+            yield row
+    if rank() == 0:
+        _report_ablation(args, script, folders, claims, figures)
+
+
+def _is_finished(folder, cfg, args):
+    """Whether the folder holds this run's result; an InputError if it holds another's."""
+    def read(name):
+        path = folder / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    config, result = read("config.json"), read("result.json")
+    wanted = json.loads(json.dumps(asdict(cfg))) | {"data": str(args.data or "rendered")}
+    result.pop("steps", None)               # those that were done: a row may leave some out
+    for name, value in [*config.items(), *result.items()]:
+        if wanted.get(name, []) not in ([], value):                # a run fills in what is empty
+            raise InputError(f"{folder}: holds a run of another {name} ({value}, not {wanted[name]}); give "
+                             "this one another --out")
+    return bool(result)
+
+
+def _copy(source, target):
+    """Copy a file that exists, for a target that does not."""
+    if source.is_file() and not target.exists():
+        with _replacing(target) as temporary:
+            shutil.copyfile(source, temporary)
+
+
+def _read_faces(folder, metric):
+    """The restored faces' values at ×4 and ×8, a mean for each face: (N,)."""
+    with open(folder / "faces.csv", newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["column"] == "restored"]
+    tasks = [[float(line[metric]) for line in lines if line["task"] == task] for task in ("x4", "x8")]
+    return torch.tensor(tasks).mean(0)
+
+
+def _judge_claim(claim, folders, figures):
+    """A claim beside what was measured, over all faces of all seeds: the mean paired
+    difference at ×4 and ×8, counted so that above 0 speaks for the claim."""
+    sign = -1 if claim.metric in ("identity", "lpips", "features") else 1
+    better, worse = (torch.cat([_read_faces(folder, claim.metric) for folder in folders[row]])
+                     for row in (claim.better, claim.worse))
+    gain = paired_gain(sign * better, sign * worse)
+    low, high = gain["ci95"]
+    verdict = "seen" if low > 0 else "reversed" if high < 0 else "not seen"
+    if claim.equal:
+        verdict = "seen" if low > -0.1 and high < 0.1 else "not seen"
+    ours, theirs = figures.get(claim.better, {}), figures.get(claim.worse, {})
+    ends = {"psnr": 1, "idd": -1}
+    paper = [ends[column.split("_")[1]] * (ours[column] - theirs[column]) for column in ours
+             if column in theirs and column.split("_")[1] in ends]
+    return {"better": claim.better, "worse": claim.worse, "metric": claim.metric, "equal": claim.equal,
+            "paper": sum(paper) / len(paper) if paper else None, "difference": gain["mean"],
+            "ci95": gain["ci95"], "verdict": verdict, "finding": ""}
+
+
+def _report_ablation(args, script, folders, claims, figures):
+    """Write ablation.json and ablation.png, print the table."""
+    rows = {}
+    for variant, some in folders.items():
+        results = [json.loads((folder / "result.json").read_text(encoding="utf-8")) for folder in some]
+        rows[variant] = {"paper": figures.get(variant, {})}
+        for task in ("x4", "x8"):
+            found = [result["test"][task]["restored"] for result in results]
+            rows[variant][task] = {metric: sum(row[metric] for row in found) / len(found)
+                                   for metric in found[0]}
+    judged = [_judge_claim(claim, folders, figures) for claim in claims]
+    _write_json(args.folder / "ablation.json", {
+        "script": script, "preset": results[0]["preset"], "steps": results[0]["steps"], "seeds": args.seeds,
+        "rows": rows, "claims": judged})
+    with _replacing(args.folder / "ablation.png") as temporary:
+        _draw_ablation(judged).savefig(temporary, dpi=110)
+
+    metrics = [name for name in ("psnr", "identity", "detail", "lpips") if name in rows["full"]["x4"]]
+    cells = [(task, name) for task in ("x4", "x8") for name in metrics]
+    print(f"\n{'':26}" + "".join(f"{f'{task} {name}':>14}" for task, name in cells))
+    for variant, row in rows.items():
+        print(f"{variant:26}" + "".join(f"{row[task][name]:14.2f}" for task, name in cells))
+    print(f"\n{'':44}{'paper':>8}{'here':>8}   95 % interval")
+    for claim in judged:
+        relation = "=" if claim["equal"] else ">"
+        paper = "" if claim["paper"] is None else f"{claim['paper']:+.2f}"
+        low, high = claim["ci95"]
+        name = f"{claim['better']} {relation} {claim['worse']}"
+        print(f"{name:44}{paper:>8}{claim['difference']:+8.2f}   [{low:+.2f}, {high:+.2f}] "
+              f"{claim['metric']}: {claim['verdict']}")
+    seen = sum(claim["verdict"] == "seen" for claim in judged)
+    print(f"\n{seen} of {len(judged)} claims are seen; {args.folder}: ablation.json, ablation.png")
+
+
+def _draw_ablation(claims):
+    """The claims of ablation.json as a figure: the paper's differences on the left, ours
+    with their intervals on the right."""
+    colours = {"seen": "tab:green", "not seen": "tab:gray", "reversed": "tab:red"}
+    figure = matplotlib.figure.Figure(figsize=(9, 1.2 + 0.32 * len(claims)), layout="constrained")
+    paper, ours = figure.subplots(1, 2, sharey=True)
+    for place, claim in enumerate(claims):
+        if claim["paper"] is not None:
+            paper.plot(claim["paper"], place, "o", color="black")
+        colour = colours[claim["verdict"]]
+        ours.plot(claim["ci95"], [place, place], "-", color=colour)
+        ours.plot(claim["difference"], place, "o", color=colour)
+    for axis in (paper, ours):
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.grid(axis="x", alpha=0.3)
+    names = [f"{claim['better']} {'=' if claim['equal'] else '>'} {claim['worse']}" for claim in claims]
+    paper.set_yticks(range(len(claims)), names)
+    paper.invert_yaxis()
+    paper.set_title("the paper", fontsize=10)
+    ours.set_title("here, 95 % interval (green: seen, red: reversed)", fontsize=10)
+    for axis in (paper, ours):
+        axis.set_xlabel("better row less worse row")
+    return figure
 
 
 # Restoring files

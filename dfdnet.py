@@ -41,7 +41,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.ops import roi_align
 
 import common
-from common import InputError
+from common import Claim, InputError
 
 SCRIPT = "dfdnet"
 COMPONENTS = tuple(common.COMPONENTS)           # left eye, right eye, nose, mouth
@@ -139,6 +139,10 @@ PAPER_FIGURES = {variant: dict(zip(COLUMNS, row)) for variant, row in {
     "k256": (27.54, 0.923, 0.114, 23.73, 0.872, 0.239),
     "k512": (27.55, 0.923, 0.110, 23.75, 0.873, 0.231),
 }.items()}
+CLAIMS = [
+    Claim("k64", "k16"), Claim("k128", "k64"), Claim("k256", "k128"),        # Table 2
+    Claim("2dft", "0dft"), Claim("full", "2dft"), Claim("full", "no-cadain"),   # Table 3
+    Claim("full", "no-confidence")]
 
 
 # --------------------------------------------------------------------------------------
@@ -839,9 +843,11 @@ def main(argv=None):
         raise InputError("--official-dictionary and --vgg belong to --weights, the "
                          "authors' network; a trained one has its dictionary.pt")
     if args.train:
-        cfg = common.chosen_config(args, PRESETS, VARIANTS)
-        common.check_size(cfg.size, 16)
-        train(cfg, args)
+        for run in common.planned_runs(args, SCRIPT, PRESETS, VARIANTS, CLAIMS, PAPER_FIGURES,
+                                       prepared="entries"):
+            cfg = common.chosen_config(run, PRESETS, VARIANTS)
+            common.check_size(cfg.size, 16)
+            train(cfg, run)
         return 0
 
     if args.weights:

@@ -40,7 +40,7 @@ from torch import nn
 from torchvision.ops import roi_align
 
 import common
-from common import InputError
+from common import Claim, InputError
 
 SCRIPT = "gfrnet"
 
@@ -128,6 +128,10 @@ PAPER_FIGURES = {name: dict(zip(COLUMNS, row)) for name, row in {       # there,
     "no-guide-2x": (27.20, 0.932, 23.22, 0.863),
     "random-guide": (27.90, 0.943, 24.05, 0.890),
 }.items()}
+CLAIMS = [                           # of Table 1; without a guide it is who one sees
+    Claim("full", "random-guide"), Claim("full", "no-flow-loss"), Claim("full", "no-warp"),
+    Claim("full", "no-warp-2x"), Claim("full", "no-guide", "identity"),
+    Claim("full", "no-guide-2x", "identity")]
 
 
 # --------------------------------------------------------------------------------------
@@ -163,7 +167,9 @@ class EncoderDecoder(nn.Module):
     BatchNorm in the encoder's first and the decoder's last layer, nor at 1×1, where there
     is nothing to normalise. With `skips`, layer i is concatenated to layer L−i as its
     LeakyReLU leaves it (pix2pix rectifies it again). At batch 1, the paper's, BatchNorm
-    takes each image's own statistics, also when it restores: that is InstanceNorm.
+    takes each image's own statistics, also when it restores: that is InstanceNorm. The
+    decoder starts as bilinear doublings and random 1×1 convolutions, (B,C,h,w) →
+    (B,C',2h,2w): random kernels of stride 2 leave a lattice.
     """
 
     def __init__(self, channels_in, channels_out, width, cfg, skips):
@@ -191,11 +197,14 @@ class EncoderDecoder(nn.Module):
             self.up.append(nn.Sequential(convolution, norm(after), nn.ReLU()))
             before = 2 * after if skips else after
         self.up.append(nn.ConvTranspose2d(before, channels_out, 4, 2, 1))
+        bilinear = torch.tensor([0.25, 0.75, 0.75, 0.25])
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, 0.2, "fan_in")
             elif isinstance(module, nn.ConvTranspose2d):      # its weight: (in,out,4,4)
-                nn.init.kaiming_normal_(module.weight, 0.2, "fan_out")
+                mix = module.weight.new_empty(*module.weight.shape[:2], 1, 1)
+                mix.normal_(0, math.sqrt(2 / len(mix)))
+                module.weight.data = mix * bilinear[:, None] * bilinear
 
     def forward(self, x):
         maps = []
@@ -716,10 +725,11 @@ def main(argv=None):
                          "PyTorch reads; train it (--train), and name the result with "
                          "--checkpoint")
     if args.train:
-        cfg = common.chosen_config(args, PRESETS, VARIANTS)
-        if cfg.size < 64 or cfg.size & (cfg.size - 1):
-            raise InputError(f"--size {cfg.size}: must be a power of two, at least 64")
-        train(cfg, args)
+        for run in common.planned_runs(args, SCRIPT, PRESETS, VARIANTS, CLAIMS, PAPER_FIGURES):
+            cfg = common.chosen_config(run, PRESETS, VARIANTS)
+            if cfg.size < 64 or cfg.size & (cfg.size - 1):
+                raise InputError(f"--size {cfg.size}: must be a power of two, at least 64")
+            train(cfg, run)
         return 0
 
     net, cfg = load_network(args)

@@ -44,7 +44,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.ops import roi_align
 
 import common
-from common import InputError
+from common import Claim, InputError
 
 SCRIPT = "restoreformer"
 REGIONS = {"left_eye": 80, "right_eye": 80, "mouth": 120}   # r of Eq. (11): pixels of 512
@@ -166,6 +166,10 @@ PAPER_FIGURES = {                        # CelebA-Test, scales 1 to 8
     "exp3": {"random_idd": 0.7662},
     "recognition-dictionary": {"random_fid": 61.43, "random_idd": 1.1401},
 }
+CLAIMS = [
+    Claim("exp2", "exp1", "identity"), Claim("full", "exp2", "identity"),
+    Claim("full", "exp3", "identity"), Claim("full", "exp4", "identity"),
+    Claim("full", "exp5", "identity"), Claim("full", "recognition-dictionary", "identity")]
 
 
 # ----------------------------------------------------------------------------------------
@@ -993,6 +997,8 @@ def load_network(args):
 def training_config(args):
     """Preset, variant and options; stage 1 ends where it did when the run began."""
     args.dictionary = args.checkpoint.with_name("dictionary.pt")
+    if args.prepared:
+        args.stage = 2                                # rows share what stage 1 learned
     if args.resume and args.stage not in (None, args.state["stage"]):
         raise InputError(f"{args.checkpoint}: not of stage {args.stage}; --resume goes "
                          "on with the stage that the checkpoint is of")
@@ -1024,7 +1030,9 @@ def main(argv=None):
     if args.stage and not args.train:
         raise InputError("--stage belongs to --train")
     if args.train:
-        train(training_config(args), args)
+        for run in common.planned_runs(args, SCRIPT, PRESETS, VARIANTS, CLAIMS, PAPER_FIGURES,
+                                       prepared="recognition"):
+            train(training_config(run), run)
         return 0
 
     if args.weights:
