@@ -674,7 +674,8 @@ def train(cfg, args):
     """Train on args.data, write the run into args.folder; see Config for every number."""
     faces = common.load_faces(args, cfg, need_landmarks=True)
     people, validation, test = common.split_identities(faces)
-    batches = Batches(faces, people, cfg)
+    validation = common.spread(with_others(faces, validation), cfg.validated)
+    test = common.spread(with_others(faces, test), cfg.tested)
     encoder = common.load_encoder(cfg.encoder, args, faces)
 
     torch.manual_seed(cfg.seed)
@@ -691,7 +692,7 @@ def train(cfg, args):
     forward, forward_d = common.parallel(net, discriminator)
     distances, = common.parallel(net.selection.requires_grad_(True))   # a step of its own
 
-    for step, batch in run.batches(batches):
+    for step, batch in run.batches(Batches(faces, people, cfg)):
         degraded, target, landmarks, exemplars, exemplar_landmarks = batch
         common.set_rate(cfg.rate(step) * run.factor, optimizer, optimizer_d, optimizer_w)
 
@@ -727,7 +728,7 @@ def train(cfg, args):
         run.log(step, losses)
         if run.due(step):
             run.save(step, validate(net, encoder, faces, validation, cfg))
-    test = common.spread(test, cfg.tested)
+
     table = evaluate(net, faces, test, cfg, args)
     pictures = samples(net, faces, test, cfg, args.precision)
     common.report(run, table, pictures)
@@ -749,33 +750,32 @@ def rank_exemplars(net, distances, optimizer, batch, args):
     return loss
 
 
+@torch.inference_mode()
 def validate(net, encoder, faces, indices, cfg):
     """Eq. (12) and PSNR in dB on held-out faces, always degraded alike."""
-    found = []
-    indices = common.spread(with_others(faces, indices), cfg.validated)
+    device = next(net.parameters()).device
+    loss, quality = 0.0, 0.0
     for batch in restored_batches(net, faces, indices, cfg, None):
-        with common.inference(encoder) as device:
-            restored, target = batch["restored"].to(device), batch["target"].to(device)
+        restored, target = batch["restored"].to(device), batch["target"].to(device)
+        with common.autocast(device):
             features = encoder.features(restored), encoder.features(target)
             losses = reconstruction_losses(restored, target, *features, cfg)
-        quality = common.psnr(batch["restored"], batch["target"])
-        loss = sum(losses.values()).cpu().expand_as(quality)
-        found.append(torch.stack([loss, quality]))
-    loss, quality = torch.cat(found, 1).mean(1).tolist()
-    return {"validation": loss, "validation_psnr": quality}
+        loss += sum(losses.values()).item() * len(target)
+        quality += common.psnr(restored, target).sum().item()
+    return {"validation": loss / len(indices), "validation_psnr": quality / len(indices)}
 
 
 def samples(net, faces, indices, cfg, precision="auto"):
     """samples.png: six held-out faces at ×4; attention.png: where they use the guide."""
-    indices = common.spread(with_others(faces, indices), 6)
-    batch = next(restored_batches(net, faces, indices, cfg, 4, precision=precision))
+    six = common.spread(indices, 6)
+    batch = next(restored_batches(net, faces, six, cfg, 4, precision=precision))
 
     def align(one):
         return net.align(batch["guide"][one], batch["landmarks"][one],
                          batch["guide_landmarks"][one], 1)
 
     # One by one: at full size Eq. (5) has 68 weights a pixel.
-    batch["aligned guide"] = common.in_batches(align, len(indices), 1)
+    batch["aligned guide"] = common.in_batches(align, len(six), 1)
     names = ("degraded", "guide", "aligned guide", "restored", "target")
     columns = {name: batch[name] for name in names}
     pictures = {"samples.png": common.comparison_grid(columns)}
@@ -827,10 +827,9 @@ def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto"
 
     noise: σ in pixels of the error of the degraded faces' landmarks.
     """
-    targets = with_others(faces, indices)
-    for start in range(0, len(targets), batch):
+    for start in range(0, len(indices), batch):
         groups = [load_group(faces, i, cfg.exemplars, common.seeded(cfg.seed, 5, i))
-                  for i in targets[start:start + batch]]
+                  for i in indices[start:start + batch]]
         images = torch.stack([images for images, _ in groups])
         points = torch.stack([points for _, points in groups])
         target, landmarks = images[:, 0].contiguous(), points[:, 0]
@@ -866,7 +865,7 @@ def evaluate(net, faces, indices, cfg, args):
 def evaluate_network(net, cfg, args):
     """--evaluate: measure a network on held-out faces and write what was found."""
     faces = common.load_faces(args, cfg, need_landmarks=True)
-    test = common.test_faces(faces, args, cfg.tested)
+    test = with_others(faces, common.test_faces(faces, args, cfg.tested))
     run = common.Run(SCRIPT, cfg, args, faces)
     table = evaluate(net, faces, test, cfg, args)
     pictures = samples(net, faces, test, cfg, args.precision)
@@ -879,9 +878,9 @@ def load_network(args):
     if args.variant in TABLE_1:
         cfg = replace(cfg, variant=args.variant, **TABLE_1[args.variant])
     encoder = None if cfg.train_guide else common.load_encoder(cfg.encoder, args, None)
-    net = ASFFNet(cfg, encoder).to(args.device, memory_format=torch.channels_last)
+    net = ASFFNet(cfg, encoder)
     common.load_part(net, args.state, "net")
-    return net.eval(), cfg
+    return net, cfg
 
 
 # --------------------------------------------------------------------------------------
@@ -898,7 +897,8 @@ def main(argv=None):
         for run in common.planned_runs(args, SCRIPT, PRESETS, VARIANTS, CLAIMS, PAPER_FIGURES,
                                        tested="exemplars"):
             if run.evaluate:
-                evaluate_network(*load_network(run), run)
+                net, cfg = load_network(run)
+                evaluate_network(net.to(run.device), cfg, run)
                 continue
             cfg = common.chosen_config(run, PRESETS, VARIANTS)
             common.check_size(cfg.size, 16)

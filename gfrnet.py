@@ -578,19 +578,19 @@ def validate(net, encoder, faces, indices, cfg):
     """Reconstruction loss, Eq. (6), PSNR in dB and landmark error in pixels on held-out
     faces, always degraded alike."""
     device = next(net.parameters()).device
-    found = []
+    loss, quality, error = 0.0, 0.0, 0.0
     for batch in restored_batches(net, faces, indices, cfg, None):
         restored, target = batch["restored"].to(device), batch["target"].to(device)
         with common.autocast(device):
-            loss = sum(reconstruction_losses(restored, target, encoder, cfg).values()).cpu()
-        quality = common.psnr(restored, target).cpu()
-        columns = [loss.expand_as(quality), quality]
+            losses = reconstruction_losses(restored, target, encoder, cfg)
+        loss += sum(losses.values()).item() * len(target)
+        quality += common.psnr(restored, target).sum().item()
         if cfg.warped:
-            columns.append(landmark_error(batch["flow"], batch["landmarks"],
-                                          batch["guide_landmarks"]))
-        found.append(torch.stack(columns))
-    names = ("validation", "validation_psnr", "landmark_error")
-    return dict(zip(names, torch.cat(found, 1).mean(1).tolist()))
+            points = batch["landmarks"], batch["guide_landmarks"]
+            error += landmark_error(batch["flow"], *points).sum().item()
+    count = len(indices)
+    means = {"validation": loss / count, "validation_psnr": quality / count}
+    return means | ({"landmark_error": error / count} if cfg.warped else {})
 
 
 def samples(net, faces, indices, cfg, precision="auto"):

@@ -646,7 +646,8 @@ def test_restore_is_the_network_in_evaluation_mode_for_any_batch_size(float32):
 
 
 def test_validation_is_equation_6_on_pictures_degraded_alike_every_time(rendered, float32):
-    cfg, indices = replace(TINY, weight_perceptual=0.7), list(range(25))
+    cfg = replace(TINY, weight_perceptual=0.7)
+    indices = list(gfrnet.choose_guides(rendered, range(25)))
     net, encoder = randomised(gfrnet.GFRNet(TINY), 0.05), some_encoder()
     found = gfrnet.validate(net, encoder, rendered, indices, cfg)
     torch.rand(3)
