@@ -822,17 +822,23 @@ def restore(net, degraded, landmarks, exemplars, exemplar_landmarks, batch=8,
 
 
 def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto",
-                     noise=0.0):
+                     noise=0.0, mistaken=False):
     """Held-out faces in batches, by name, degraded by (seed, scale, place) alone.
 
-    noise: σ in pixels of the error of the degraded faces' landmarks.
+    noise: σ in pixels of the error of the degraded faces' landmarks; mistaken: the
+    exemplars are somebody else's.
     """
+    def groups(some):
+        loaded = [load_group(faces, i, cfg.exemplars, common.seeded(cfg.seed, 5, i))
+                  for i in some]
+        return [torch.stack(part) for part in zip(*loaded)]
+
     for start in range(0, len(indices), batch):
-        groups = [load_group(faces, i, cfg.exemplars, common.seeded(cfg.seed, 5, i))
-                  for i in indices[start:start + batch]]
-        images = torch.stack([images for images, _ in groups])
-        points = torch.stack([points for _, points in groups])
+        some = indices[start:start + batch]
+        images, points = groups(some)
         target, landmarks = images[:, 0].contiguous(), points[:, 0]
+        if mistaken:
+            images, points = groups(common.stranger(faces, indices, i) for i in some)
         generator = common.seeded(cfg.seed, 4, scale or 0, start)
         degradation = common.DEGRADATIONS[cfg.degradation]
         degraded = common.degrade(target, degradation, generator, scale)
@@ -849,14 +855,23 @@ def evaluate(net, faces, indices, cfg, args):
     """×4, ×8 and random scales on held-out faces → "test" of result.json.
 
     Landmarks are the sharp faces'; ×4 also with landmarks twice as far off as in training.
+    The column `stranger` is what the network makes of somebody else's exemplars.
     """
     metrics = common.metrics(faces, args)
+    columns = {"input": "degraded", "restored": "restored"}
+    if len(faces.identity[indices].unique()) > 1:
+        columns["stranger"] = "mistaken"
+    precision = args.precision
     table = {}
     for task, scale in common.TASKS.items():
-        batches = restored_batches(net, faces, indices, cfg, scale,
-                                   precision=args.precision)
-        table[task] = common.measure(batches, metrics)
-    batches = restored_batches(net, faces, indices, cfg, 4, precision=args.precision,
+        batches = restored_batches(net, faces, indices, cfg, scale, precision=precision)
+        if "stranger" in columns:
+            others = restored_batches(net, faces, indices, cfg, scale, precision=precision,
+                                      mistaken=True)
+            batches = (batch | {"mistaken": other["restored"]}
+                       for batch, other in zip(batches, others))
+        table[task] = common.measure(batches, metrics, columns)
+    batches = restored_batches(net, faces, indices, cfg, 4, precision=precision,
                                noise=2 * cfg.landmark_noise * cfg.size)
     table["x4"]["noisy_landmarks"] = common.measure(batches, metrics)["restored"]
     return table

@@ -70,7 +70,7 @@ __all__ = [       # what scripts, notebooks and README use; a rename is a decisi
     "read_references", "recogniser", "recorded_config", "renamed", "report",
     "restore_files", "run_script", "save_checkpoint", "seeded", "set_rate", "show",
     "similarity", "split_identities", "spread", "ssim", "stack_faces", "stack_person",
-    "test_faces", "to_uint8", "transform_points", "unpack", "warp_affine", "world",
+    "stranger", "test_faces", "to_uint8", "transform_points", "unpack", "warp_affine", "world",
     "write_image", "write_landmarks"]
 
 _CACHE = Path(os.environ.get("FACE_RESTORATION_CACHE", "~/.cache/face-restoration")).expanduser()
@@ -1074,6 +1074,13 @@ def stack_person(faces, indices):
         chosen.append(i if i in guides else guides[place % len(guides)])
     images = torch.stack([whole[i].image for i in chosen])
     return images, torch.stack([whole[i].landmarks for i in chosen])
+
+
+def stranger(faces, indices, i):
+    """One of the pictures of somebody else than the person on picture i, always the same;
+    None where there is none."""
+    others = [k for k in indices if faces.identity[k] != faces.identity[i]]
+    return others[i % len(others)] if others else None
 
 
 def spread(indices, limit):

@@ -1098,17 +1098,23 @@ def restore(net, degraded, landmarks, specific=None, owner=None, batch=8,
         return common.in_batches(some, len(degraded), batch)
 
 
-def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto"):
+def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto",
+                     mistaken=False):
     """Held-out faces in batches, {"degraded", "restored", "target"} and their references
-    (M,3,H,W) with owner (M,), degraded by (seed, scale, place) alone."""
+    (M,3,H,W) with owner (M,), degraded by (seed, scale, place) alone; `mistaken`: the
+    references are somebody else's."""
+    def people_of(some):
+        return [with_references(faces, i, cfg.references, common.seeded(cfg.seed, 5, i))
+                for i in some]
+
     for start in range(0, len(indices), batch):
-        people, owner = [], []
-        for face, i in enumerate(indices[start:start + batch]):
-            generator = common.seeded(cfg.seed, 5, i)
-            people.append(with_references(faces, i, cfg.references, generator))
-            owner += [face] * (len(people[-1][0]) - 1)
+        some = indices[start:start + batch]
+        people = people_of(some)
         target = torch.stack([images[0] for images, _ in people])
         landmarks = torch.stack([points[0] for _, points in people])
+        if mistaken:
+            people = people_of(common.stranger(faces, indices, i) for i in some)
+        owner = [face for face, (images, _) in enumerate(people) for _ in images[1:]]
         references = torch.cat([images[1:] for images, _ in people])
         owner = torch.tensor(owner, dtype=torch.long)
         specific = None
@@ -1126,21 +1132,25 @@ def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto"
 def evaluate(net, faces, indices, cfg, args):
     """The paper's ×4 and ×8 and random scales on held-out faces → "test" of result.json.
 
-    Restored with all references of each face, and in another column without any.
+    Restored with all references of each face; in other columns without any, and with
+    those of somebody else.
     """
     metrics = common.metrics(faces, args)
     fid = common.load_fid(args)
-    alone = replace(cfg, references=0)
+    ways = {"restored": (cfg, False)}                              # Config, mistaken
+    if cfg.references:
+        ways["without_references"] = replace(cfg, references=0), False
+        if len(faces.identity[indices].unique()) > 1:
+            ways["stranger"] = cfg, True
+    columns = {"input": "degraded"} | {way: way for way in ways}
     table = {}
     for task, scale in common.TASKS.items():
-        batches = restored_batches(net, faces, indices, cfg, scale,
-                                   precision=args.precision)
-        table[task] = common.measure(batches, metrics, fid=fid)
-        if cfg.references:
-            batches = restored_batches(net, faces, indices, alone, scale,
-                                       precision=args.precision)
-            without = common.measure(batches, metrics, fid=fid)
-            table[task]["without_references"] = without["restored"]
+        runs = [restored_batches(net, faces, indices, one, scale,
+                                 precision=args.precision, mistaken=mistaken)
+                for one, mistaken in ways.values()]
+        batches = (same[0] | {way: batch["restored"] for way, batch in zip(ways, same)}
+                   for same in zip(*runs))
+        table[task] = common.measure(batches, metrics, columns, fid)
     return table
 
 

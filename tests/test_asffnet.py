@@ -889,6 +889,17 @@ def test_held_out_faces_are_degraded_and_guided_alike_whatever_their_company_and
     assert torch.equal(seen[0][0], faces[faces.others(5)[order[0]]].image)      # the first of three
 
 
+def test_mistaken_exemplars_are_those_of_somebody_else_for_the_same_degraded_faces():
+    faces, net, some = common.RenderedFaces(64, identities=4, per_identity=4), network(), [0, 1, 5, 8]
+    right, = asffnet.restored_batches(net, faces, some, net.cfg, 4)
+    wrong, = asffnet.restored_batches(net, faces, some, net.cfg, 4, mistaken=True)
+    for name in ("degraded", "target", "landmarks"):
+        assert torch.equal(right[name], wrong[name])
+    for i, guide in zip(some, wrong["guide"], strict=True):
+        shown, = (k for k in range(16) if torch.equal(faces[k].image, guide))
+        assert faces.identity[shown] != faces.identity[i]
+
+
 @pytest.mark.parametrize("mls", [True, False])
 def test_the_picture_shows_the_guide_as_the_variant_uses_it(mls, monkeypatch):
     faces, net, shown = common.RenderedFaces(64, identities=4, per_identity=4), network(mls=mls), {}

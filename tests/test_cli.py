@@ -170,7 +170,7 @@ def read_json(file):
 
 def test_a_training_writes_everything_into_its_folder(trained):
     names = {"config.json", "log.csv", "samples.png", "curves.png", "checkpoint.pt", "result.json",
-             *SCRIPTS[trained.script].files}
+             "faces.csv", *SCRIPTS[trained.script].files}
     assert {file.name for file in trained.folder.iterdir()} == names          # nor temporary files
     config = read_json(trained.folder / "config.json")
     assert {key: config[key] for key in ("preset", "variant", "size", "steps", "batch", "seed")} == {
@@ -207,6 +207,17 @@ def test_result_json_has_the_agreed_keys(trained, people):
         assert gain["ci95"][0] <= gain["mean"] <= gain["ci95"][1]
         assert gain["mean"] == pytest.approx(task["restored"]["psnr"] - task["input"]["psnr"], abs=1e-4)
     assert result["test"]["x4"]["input"]["psnr"] > result["test"]["x8"]["input"]["psnr"]
+
+
+def test_faces_csv_holds_the_values_whose_means_stand_in_result_json(trained):
+    result = read_json(trained.folder / "result.json")["test"]
+    lines = list(csv.DictReader((trained.folder / "faces.csv").open()))
+    for task, row in result.items():
+        for column in ("input", "restored"):
+            mine = [line for line in lines if (line["task"], line["column"]) == (task, column)]
+            assert [int(line["face"]) for line in mine] == list(range(row["faces"]))
+            for metric, mean in row[column].items():
+                assert np.mean([float(line[metric]) for line in mine]) == pytest.approx(mean, abs=1e-3)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

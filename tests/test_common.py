@@ -1058,6 +1058,14 @@ def test_split_identities_of_few_people():
         common.split_identities(people(small[:3]))
 
 
+def test_a_stranger_is_always_the_same_and_never_the_person():
+    faces = types.SimpleNamespace(identity=torch.tensor([7, 7, 8, 9, 9]))
+    found = [common.stranger(faces, [0, 1, 2, 4], i) for i in range(5)]
+    assert found == [common.stranger(faces, [0, 1, 2, 4], i) for i in range(5)]
+    assert all(faces.identity[k] != faces.identity[i] and k != 3 for i, k in enumerate(found))
+    assert common.stranger(faces, [0, 1], 0) is None
+
+
 def test_stack_faces_and_spread(face_folder):
     faces = common.FaceFolder(face_folder, 64)
     images, landmarks = common.stack_faces(faces, [4, 2])

@@ -1099,6 +1099,18 @@ def test_a_run_broken_between_two_stages_ends_as_an_unbroken_one_and_more_steps_
     assert longer[".run_id"] == b[".run_id"] != a[".run_id"]
 
 
+def test_mistaken_references_are_those_of_somebody_else_for_the_same_degraded_faces():
+    faces, net = common.RenderedFaces(64, identities=4, per_identity=3), dmdnet.DMDNet(TINY)
+    some = [0, 1, 5, 8]
+    right, = dmdnet.restored_batches(net, faces, some, TINY, 4)
+    wrong, = dmdnet.restored_batches(net, faces, some, TINY, 4, mistaken=True)
+    assert torch.equal(right["degraded"], wrong["degraded"]) and len(wrong["references"]) == 8
+    for batch, of_the_person in ((right, True), (wrong, False)):
+        for face, reference in zip(batch["owner"], batch["references"], strict=True):
+            shown, = (k for k in range(12) if torch.equal(faces[k].image, reference))
+            assert (faces.identity[shown] == faces.identity[some[face]]) == of_the_person
+
+
 @pytest.mark.slow
 def test_a_short_training_improves_held_out_faces(face_folder, tmp_path, monkeypatch):
     """Seven people of 24 are held out, for an interval narrower than that of the usual two."""
@@ -1118,6 +1130,7 @@ def test_a_short_training_improves_held_out_faces(face_folder, tmp_path, monkeyp
         assert task["faces"] == 35 and task["paired_psnr_gain"]["ci95"][0] > 0.03
         assert task["restored"]["psnr"] > task["input"]["psnr"] + 0.1
         assert task["without_references"]["psnr"] != task["restored"]["psnr"]
+        assert task["stranger"]["psnr"] not in (task["restored"]["psnr"], task["without_references"]["psnr"])
     assert (tmp_path / "samples.png").stat().st_size > 0
 
 
