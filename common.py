@@ -2728,27 +2728,31 @@ def _report_ablation(args, script, folders, claims, figures):
 
 
 def _draw_ablation(claims):
-    """The claims of ablation.json as a figure: the paper's differences on the left, ours
-    with their intervals on the right."""
+    """The claims of ablation.json as a figure: the paper's differences, and ours with
+    their intervals, a panel a metric."""
     colours = {"seen": "tab:green", "not seen": "tab:gray", "reversed": "tab:red"}
-    figure = matplotlib.figure.Figure(figsize=(9, 1.2 + 0.32 * len(claims)), layout="constrained")
-    paper, ours = figure.subplots(1, 2, sharey=True)
+    metrics = list(dict.fromkeys(claim["metric"] for claim in claims))
+    figure = matplotlib.figure.Figure(figsize=(4 + 3 * len(metrics), 1.4 + 0.3 * len(claims)),
+                                      layout="constrained")
+    paper, *ours = figure.subplots(1, 1 + len(metrics), sharey=True)
     for place, claim in enumerate(claims):
+        axis = ours[metrics.index(claim["metric"])]
+        colour = colours[claim["verdict"]]
+        axis.plot(claim["ci95"], [place, place], "-", color=colour)
+        axis.plot(claim["difference"], place, "o", color=colour)
         if claim["paper"] is not None:
             paper.plot(claim["paper"], place, "o", color="black")
-        colour = colours[claim["verdict"]]
-        ours.plot(claim["ci95"], [place, place], "-", color=colour)
-        ours.plot(claim["difference"], place, "o", color=colour)
-    for axis in (paper, ours):
+    for axis in (paper, *ours):
         axis.axvline(0, color="black", linewidth=0.8)
         axis.grid(axis="x", alpha=0.3)
     names = [f"{claim['better']} {'=' if claim['equal'] else '>'} {claim['worse']}" for claim in claims]
     paper.set_yticks(range(len(claims)), names)
     paper.invert_yaxis()
     paper.set_title("the paper", fontsize=10)
-    ours.set_title("here, 95 % interval (green: seen, red: reversed)", fontsize=10)
-    for axis in (paper, ours):
-        axis.set_xlabel("better row less worse row")
+    for metric, axis in zip(metrics, ours):
+        axis.set_title(f"here, {metric}", fontsize=10)
+    figure.suptitle("by how much the first row is better: green is seen, grey is not, red is reversed",
+                    fontsize=10)
     return figure
 
 
