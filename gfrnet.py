@@ -69,7 +69,7 @@ class Config:
     encoder: str = "recogniser"      # ψ; "vgg": VGG-Face, or VGG-19 without a file
     weight_pixel: float = 100.0      # λ_r,0
     weight_perceptual: float = 0.3   # λ_r,l; 0.001 in the paper, with another encoder
-    weight_adversarial: tuple = (0.06, 0.03)     # λ_a,g, λ_a,l; the paper's / 17
+    weight_adversarial: tuple = (0.03, 0.015)    # λ_a,g, λ_a,l; the paper's / 33
     weight_landmark: float = 10.0    # λ_lm
     weight_tv: float = 0.05          # λ_TV; 1 in the paper
     smooth: float = 0.9              # label of a true picture for the discriminators
