@@ -2655,7 +2655,7 @@ def _is_finished(folder, cfg, args):
         if wanted.get(name, []) not in ([], value):                # a run fills in what is empty
             raise InputError(f"{folder}: holds a run of another {name} ({value}, not {wanted[name]}); give "
                              "this one another --out")
-    return bool(result)
+    return bool(result) and (folder / "faces.csv").is_file()
 
 
 def _copy(source, target):
@@ -2695,9 +2695,10 @@ def _judge_claim(claim, folders, figures):
 
 def _report_ablation(args, script, folders, claims, figures):
     """Write ablation.json and ablation.png, print the table."""
-    rows = {}
+    rows, about = {}, {}
     for variant, some in folders.items():
         results = [json.loads((folder / "result.json").read_text(encoding="utf-8")) for folder in some]
+        about = about or {"preset": results[0]["preset"], "steps": results[0]["steps"]}       # of "full"
         rows[variant] = {"paper": figures.get(variant, {})}
         for task in ("x4", "x8"):
             found = [result["test"][task]["restored"] for result in results]
@@ -2705,8 +2706,7 @@ def _report_ablation(args, script, folders, claims, figures):
                                    for metric in found[0]}
     judged = [_judge_claim(claim, folders, figures) for claim in claims]
     _write_json(args.folder / "ablation.json", {
-        "script": script, "preset": results[0]["preset"], "steps": results[0]["steps"], "seeds": args.seeds,
-        "rows": rows, "claims": judged})
+        "script": script, **about, "seeds": args.seeds, "rows": rows, "claims": judged})
     with _replacing(args.folder / "ablation.png") as temporary:
         _draw_ablation(judged).savefig(temporary, dpi=110)
 

@@ -169,6 +169,11 @@ def test_seeds_are_pooled_and_each_has_its_folder(run, tmp_path):
     assert claim["metric"] == "identity" and claim["verdict"] in ("seen", "not seen", "reversed")
     assert "claims are seen" in done.stdout
 
+    (runs / "gfrnet-seed1" / "faces.csv").unlink()              # of a version that wrote none: measured again
+    again = run("gfrnet", "--train", "--variant", "all", "--seeds", 2, cwd=tmp_path, changes=rows)
+    assert again.status == 0, again.stderr
+    assert json.loads((runs / "gfrnet" / "ablation.json").read_text()) == found
+
     other = run("gfrnet", "--train", "--variant", "all", "--steps", 8, cwd=tmp_path, changes=rows)
     assert other.status == 2 and "holds a run of another steps" in other.stderr
     assert json.loads((runs / "gfrnet" / "result.json").read_text())["steps"] == 6
