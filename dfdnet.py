@@ -107,7 +107,8 @@ class Config:
         sizes = []
         for scale in range(4):
             shrink = self.component_base * 2**scale
-            sizes.append([max(side * self.size // shrink, self.smallest) for side in (40, 40, 25, 55)])
+            sides = [side * self.size // shrink for side in (40, 40, 25, 55)]
+            sizes.append([max(side, self.smallest) for side in sides])
         return sizes
 
 
@@ -275,8 +276,9 @@ class DFTBlock(nn.Module):
         self.sizes = sizes
         self.stride = stride
         self.cadain = cfg.cadain
-        for name, size in zip(COMPONENTS, sizes):    # kept in dictionary.pt: gigabytes at full size
-            self.register_buffer(name, torch.zeros(cfg.entries, channels, size**2), persistent=False)
+        for name, size in zip(COMPONENTS, sizes):        # kept in dictionary.pt: gigabytes
+            entries = torch.zeros(cfg.entries, channels, size**2)
+            self.register_buffer(name, entries, persistent=False)
         self.confidence = None
         if cfg.confidence:
             self.confidence = nn.ModuleList(ConfidenceScore(channels) for _ in COMPONENTS)
@@ -346,7 +348,7 @@ class SFTStage(nn.Module):
 
     def forward(self, x, skip):
         x = F.leaky_relu(self.reduce(x), 0.2)
-        x = self.scale(skip) * x + self.shift(skip)                                    # Eq. (6)
+        x = self.scale(skip) * x + self.shift(skip)                             # Eq. (6)
         x = F.interpolate(x, scale_factor=2, mode="bilinear")
         return F.leaky_relu(self.widen(x), 0.2)
 
@@ -375,8 +377,8 @@ class DFDNet(nn.Module):
     def __init__(self, cfg, encoder):
         super().__init__()
         self.cfg = cfg
-        self.__dict__["encoder"] = encoder      # no submodule: it is stored with the dictionaries
-        widths = encoder.widths                                             # C of scales 1 … 4
+        self.__dict__["encoder"] = encoder        # no submodule: stored with the dictionaries
+        widths = encoder.widths                                         # C of scales 1 … 4
         self.blocks = nn.ModuleDict()
         for s in cfg.dft_scales:
             sizes = cfg.component_sizes[s - 1]
@@ -516,7 +518,7 @@ def kmeans(points, clusters, generator, rounds):
     cluster of each point (N,), its squared distance to the centre (N,). A cluster that
     runs empty restarts at the worst-served point. Works in chunks, which bound memory."""
     if len(points) < clusters:
-        raise InputError(f"{len(points)} faces cannot make {clusters} clusters; give more faces, or a "
+        raise InputError(f"{len(points)} faces cannot make {clusters} clusters; give more, or a "
                          "variant of fewer (k16)")
     chunks = points.split(max(2**26 // points.shape[1], 1))
     norms = torch.cat([chunk.float().square().sum(1) for chunk in chunks])
@@ -600,9 +602,11 @@ def draw_dictionary(cfg, faces, indices, members):
         rows = []
         for largest in torch.bincount(cluster).topk(count).indices:
             nearest = [i for i in distance.argsort().tolist() if cluster[i] == largest][:5]
-            images, landmarks = common.stack_faces(faces, [indices[i] for i in (nearest * 5)[:5]])
+            shown = [indices[i] for i in (nearest * 5)[:5]]
+            images, landmarks = common.stack_faces(faces, shown)
             boxes = common.component_boxes(landmarks, cfg.size)
-            rows.append(torch.cat(list(crop_components(images, boxes, 1, [64] * 4)[number]), 2))
+            crops = crop_components(images, boxes, 1, [64] * 4)[number]
+            rows.append(torch.cat(list(crops), 2))
         columns[name.replace("_", " ")] = torch.stack(rows)
     return common.comparison_grid(columns)
 
@@ -665,7 +669,7 @@ def train(cfg, args):
     people, validation, test = common.split_identities(faces)
     validation = common.spread(validation, cfg.validated)
     test = common.spread(test, cfg.tested)
-    encoder, dictionary, key = prepare(cfg, args, faces, people)                      # Eq. (1)
+    encoder, dictionary, key = prepare(cfg, args, faces, people)                # Eq. (1)
 
     torch.manual_seed(cfg.seed)
     net = DFDNet(cfg, encoder).to(args.device, memory_format=torch.channels_last)
@@ -690,7 +694,7 @@ def train(cfg, args):
             fake = discriminators(restored)
             losses["adversarial"] = adversarial_loss(fake, cfg.weight_adversarial)
         optimizer.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()                                              # Eq. (10)
+        sum(losses.values()).backward()                                         # Eq. (10)
         if cfg.clip is not None:
             nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
         optimizer.step()
@@ -786,7 +790,7 @@ def match_coarsely(part, entries, cadain=True):
     entries = entries.flatten(1)
     with torch.autocast(part.device.type, enabled=False):
         coarse = query.to(entries.dtype) @ entries.T
-        best = coarse.topk(min(8, len(entries)), 1).indices                            # (B,8)
+        best = coarse.topk(min(8, len(entries)), 1).indices                     # (B,8)
         scores = (entries[best].float() @ query[:, :, None])[..., 0]
     winner = scores.argmax(1, keepdim=True)
     return best.gather(1, winner)[:, 0]
@@ -891,9 +895,11 @@ class ReleasedDFTBlock(DFTBlock):
             places = []
             for sample, corner in enumerate(corners):
                 x1, y1, x2, y2 = corner[index]
-                places.append((slice(sample, sample + 1), slice(None), slice(y1, y2), slice(x1, x2)))
+                one = slice(sample, sample + 1)
+                places.append((one, slice(None), slice(y1, y2), slice(x1, x2)))
             parts = [features[place].float().contiguous() for place in places]
-            queries = torch.cat([F.interpolate(part, (size, size), mode="bilinear") for part in parts])
+            queries = torch.cat([F.interpolate(part, (size, size), mode="bilinear")
+                                 for part in parts])
             for place, part, best in zip(places, parts, self.matched(index, queries).split(1)):
                 best = F.interpolate(best, part.shape[2:])
                 enriched[place] = self.confidence[index](part, best).to(enriched.dtype)
@@ -913,7 +919,8 @@ class ReleasedSFTStage(SFTStage):
         x = F.conv2d(x, self.blur.to(x.dtype), padding=1, groups=x.shape[1])
         x = F.leaky_relu(self.reduce(x), 0.2 * 0.2, inplace=True)
         x = torch.addcmul(self.shift(skip).sigmoid_(), self.scale(skip), x)
-        return F.leaky_relu(self.widen(F.interpolate(x, scale_factor=2, mode="bilinear")), 0.2, inplace=True)
+        x = self.widen(F.interpolate(x, scale_factor=2, mode="bilinear"))
+        return F.leaky_relu(x, 0.2, inplace=True)
 
 
 class ReleasedDFDNet(DFDNet):
