@@ -91,7 +91,7 @@ class Config:
     landmark_noise: float = 0.008    # σ, a share of the size: 1 of 128 pixels
     steps: int = 700
     batch: int = 4                   # faces a process and step
-    validate_every: int = 50         # steps; also when a checkpoint is written
+    validate_every: int = 100        # steps; also when a checkpoint is written
     validated: int = 32              # validation faces
     tested: int | None = 128         # held-out faces measured at most, None: all
     degradation: str = "asffnet"     # Eq. (18)
