@@ -89,7 +89,7 @@ class Config:
     shift: float = 0.02              # largest random change of place, a share of the size
     jitter: float = 0.1              # of brightness and contrast
     landmark_noise: float = 0.008    # σ, a share of the size: 1 of 128 pixels
-    steps: int = 560
+    steps: int = 620
     batch: int = 4                   # faces a process and step
     validate_every: int = 100        # steps; also when a checkpoint is written
     validated: int = 32              # validation faces
