@@ -2146,8 +2146,8 @@ def arguments(doc, presets, variants):
         "(default: rendered faces)")
     add("--landmarks", metavar="DIR", help="a parallel folder of landmark files photo.jpg.txt")
     add("--aligned", action="store_true", help="pictures are FFHQ-aligned crops")
-    add("--preset", choices=presets, help="tiny (default): minutes on a CPU; paper: the paper's sizes and "
-        "schedule")
+    add("--preset", choices=presets, help="tiny (default): minutes on a CPU; hour: about an hour, or two; "
+        "paper: the paper's sizes and schedule")
     add("--variant", choices=[*variants, "all"], help="a row of the paper's ablation tables; all: for "
         "--train, every row in turn, those finished left out, then the paper's table beside ours")
     add("--seeds", type=_whole_number(1), default=1, help="for --variant all: train every row with so "

@@ -645,6 +645,22 @@ def test_restore_is_the_network_in_evaluation_mode_for_any_batch_size(float32):
     assert without[0].shape == degraded.shape and without[1] is None and without[2] is None
 
 
+def test_the_decoder_starts_as_bilinear_doublings_of_random_mixtures():
+    torch.manual_seed(0)
+    body = gfrnet.EncoderDecoder(6, 3, 4, TINY, skips=True)
+    layers = [module for module in body.up.modules() if isinstance(module, nn.ConvTranspose2d)]
+    assert len(layers) == 6                                               # from 1×1 to 64×64
+    for layer in layers:
+        x = torch.randn(2, layer.in_channels, 7, 7)
+        mix = layer.weight[:, :, 1, 1].T / 0.75**2                        # of the kernel's middle
+        mixed = torch.einsum("oc,bchw->bohw", mix, x)
+        expected = F.interpolate(mixed, scale_factor=2, mode="bilinear", align_corners=False)
+        bias = 0 if layer.bias is None else layer.bias[:, None, None]
+        gap = (layer(x) - bias - expected)[:, :, 2:-2, 2:-2]              # the border is padded otherwise
+        assert gap.abs().max() < 1e-5 * expected.abs().max().clamp(min=1)
+        assert mix.square().mean().item() == pytest.approx(2 / layer.in_channels, rel=0.7)
+
+
 def test_validation_is_equation_6_on_pictures_degraded_alike_every_time(rendered, float32):
     cfg = replace(TINY, weight_perceptual=0.7)
     indices = list(gfrnet.choose_guides(rendered, range(25)))
