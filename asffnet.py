@@ -483,9 +483,11 @@ class ASFFNet(nn.Module):
         positions = moving_least_squares(landmarks, guide_landmarks, size, stride)
         return warp_features(features, positions, stride)
 
-    def forward(self, degraded, guide, landmarks, guide_landmarks):
+    def forward(self, degraded, guide, landmarks, guide_landmarks, guide_features=None):
         features = self.extract(degraded)
-        guide_features = self.align(self.extract_guide(guide), landmarks, guide_landmarks)
+        if guide_features is None:                          # else those of an earlier call
+            guide_features = self.extract_guide(guide)
+        guide_features = self.align(guide_features, landmarks, guide_landmarks)
         if self.cfg.adain:
             guide_features = adain(guide_features, features)
         landmark_features = None
@@ -801,11 +803,12 @@ def draw_attention(attention, batch):
 # --------------------------------------------------------------------------------------
 
 def restore(net, degraded, landmarks, exemplars, exemplar_landmarks, batch=8,
-            precision="auto"):
+            precision="auto", known=None):
     """Restore faces, each guided by the best of its exemplars.
 
     degraded (N,3,size,size) in [-1,1], landmarks (N,68,2), exemplars (N,K,3,size,size) and
     their landmarks, or one set (1,K,…) for all → restored, the chosen k (N,), on the CPU.
+    known: of one set for all, {k: features of an exemplar}; those that it lacks are added.
     """
     with common.inference(net, precision) as device:
         chosen = net.select(landmarks.to(device), exemplar_landmarks.to(device)).cpu()
@@ -814,11 +817,34 @@ def restore(net, degraded, landmarks, exemplars, exemplar_landmarks, batch=8,
         def some(part):
             images = degraded[part].to(device, memory_format=torch.channels_last)
             guide = guides[part].to(device, memory_format=torch.channels_last)
+            guide_features = None
+            if known is not None:
+                for place, k in enumerate(chosen[part].tolist()):
+                    if k not in known:
+                        known[k] = net.extract_guide(guide[place:place + 1])
+                guide_features = torch.cat([known[k] for k in chosen[part].tolist()])
             restored = net(images, guide, landmarks[part].to(device),
-                           guide_landmarks[part].to(device))
+                           guide_landmarks[part].to(device), guide_features)
             return restored.float().clamp(-1, 1).cpu()
 
         return common.in_batches(some, len(degraded), batch), chosen
+
+
+def guidance(net, degraded, landmarks, guides, guide_landmarks, precision="auto"):
+    """For --check: the guide of each face, as it was aligned, and where the last block
+    trusts it, F^m (white: most)."""
+    aligned, masks = [], []
+    for face in range(len(degraded)):                 # net.attention is of one call alone
+        one = slice(face, face + 1)
+        restore(net, degraded[one], landmarks[one], guides[one, None],
+                guide_landmarks[one, None], precision=precision)
+        aligned.append(net.align(guides[one], landmarks[one], guide_landmarks[one], 1))
+        masks += [mask.float().mean(1, keepdim=True).cpu() for mask in net.attention[-1:]]
+    shown = {"guide": guides, "aligned guide": torch.cat(aligned)}
+    if masks:
+        mask = F.interpolate(torch.cat(masks), degraded.shape[2:])
+        shown["trusted"] = 2 * mask.expand(-1, 3, -1, -1) - 1
+    return shown
 
 
 def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto",
@@ -932,15 +958,20 @@ def main(argv=None):
     if args.reference is None:
         raise InputError("--restore wants --reference: a folder of sharp pictures of the "
                          "same person")
-    exemplars, exemplar_landmarks, files = common.read_references(
+    exemplars, exemplar_landmarks, exemplar_files = common.read_references(
         args.reference, cfg.size, args, need_landmarks=True)
+    known = {}                                  # features of exemplars, made when chosen
 
-    def restore_crops(crops, landmarks, file):
+    def restore_crops(crops, landmarks, files):
         restored, chosen = restore(net, crops, landmarks, exemplars[None],
-                                   exemplar_landmarks[None], precision=args.precision)
-        names = sorted({str(files[k]) for k in chosen.tolist()})
-        print(f"{file}: guided by {', '.join(names)}")
-        return restored
+                                   exemplar_landmarks[None], precision=args.precision,
+                                   known=known)
+        for file, k in zip(files, chosen.tolist()):
+            print(f"{file}: guided by {exemplar_files[k]}")
+        if not args.check:
+            return restored, {}
+        guides = exemplars[chosen], exemplar_landmarks[chosen]
+        return restored, guidance(net, crops, landmarks, *guides, args.precision)
 
     failures = common.restore_files(args, cfg.size, restore_crops, need_landmarks=True)
     return 1 if failures else 0
@@ -1103,9 +1134,11 @@ class ReleasedASFFNet(ASFFNet):
     def align(self, features, landmarks, guide_landmarks, stride=STRIDE):
         return released_warp(features, landmarks, guide_landmarks, stride)
 
-    def forward(self, degraded, guide, landmarks, guide_landmarks):
+    def forward(self, degraded, guide, landmarks, guide_landmarks, guide_features=None):
         features = self.extract(degraded)
-        guide_features = adain(self.extract_guide(guide), features)
+        if guide_features is None:
+            guide_features = self.extract_guide(guide)
+        guide_features = adain(guide_features, features)
         guide_features = self.align(guide_features, landmarks, guide_landmarks)
         guide_features = self.refine_guide(guide_features)
         mask = released_mask(landmarks, degraded.shape[-1])

@@ -18,12 +18,14 @@ pixels; (0,0) is the centre of the top-left pixel. Everything random takes a see
 generator and repeats exactly.
 """
 import argparse
+import concurrent.futures
 import contextlib
 import copy
 import csv
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -31,6 +33,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import urllib.parse
@@ -41,6 +44,11 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:                # Windows
+    fcntl = None
 
 import matplotlib.figure
 import numpy as np
@@ -74,11 +82,18 @@ __all__ = [       # what scripts, notebooks and README use; a rename is a decisi
     "write_image", "write_landmarks"]
 
 _CACHE = Path(os.environ.get("FACE_RESTORATION_CACHE", "~/.cache/face-restoration")).expanduser()
+_PIXELS_SEARCHED = 8_000_000     # up to so many a smaller picture is enlarged, up to 3 times, for dlib
+_RESTORED_AT_ONCE = 16           # faces
+_PIXELS_AT_ONCE = 20_000_000     # of the photos that wait for their faces
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
 
 
 class InputError(Exception):
     """Something the user gave cannot be used: one line, what is wrong and what to do. Exit status 2."""
+
+
+class _NoFaceError(InputError):
+    """The detector finds no face in a picture."""
 
 
 # --------------------------------------------------------------------------------------
@@ -486,14 +501,15 @@ def write_landmarks(path, landmarks):
 def _find_landmarks(picture, folder=None):
     """A photo's landmark file, photo.jpg.txt or photo.txt, or None.
 
-    It lies beside the photo, or in a parallel `folder`.
+    It lies beside the photo, or in a parallel `folder`, in the same folders there.
     """
     picture = Path(picture)
-    place = picture.parent if folder is None else Path(folder)
     names = [f"{picture.name}.txt", f"{picture.stem}.txt"]
-    files = [place / name for name in names]
+    places = [picture.parent]
     if folder is not None:
-        files += [place / picture.parent.name / name for name in names]
+        within = picture.absolute().parent.parts[1:]
+        places = [Path(folder, *within[start:]) for start in range(len(within) + 1)]
+    files = [place / name for place in places for name in names]
     return next((file for file in files if file.is_file()), None)
 
 
@@ -533,17 +549,18 @@ def invert_matrix(matrix):
 def warp_affine(image, matrix, height, width, padding="zeros"):
     """Draw image (C,H,W) on a height×width canvas, its pixel p at M·p, bilinearly.
 
-    `padding`: what lies outside the image, as in F.grid_sample.
+    Where M shrinks, the image is shrunk first, antialiased: bilinear sampling alone would
+    skip pixels. `padding`: what lies outside the image, as in F.grid_sample.
     """
     inverse = invert_matrix(matrix)
-    shrink = max(int(torch.linalg.det(inverse[:, :2]).abs().sqrt().item()), 1)
-    if shrink > 1:           # bilinear sampling would skip pixels: average blocks first
-        image = F.avg_pool2d(image[None], shrink, ceil_mode=True)[0]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     points = transform_points(torch.stack([x, y], -1).float(), inverse)
-    points = (points - (shrink - 1) / 2) / shrink
     extent = torch.tensor([image.shape[2], image.shape[1]])
-    grid = ((points + 0.5) / extent * 2 - 1).to(image.device)
+    grid = ((points + 0.5) / extent * 2 - 1).to(image.device)      # of any resolution
+    shrink = torch.linalg.det(inverse[:, :2]).abs().sqrt().item()
+    if shrink > 1:
+        sides = [max(round(side / shrink), 1) for side in image.shape[1:]]
+        image = F.interpolate(image[None], sides, mode="bilinear", antialias=True)[0]
     return F.grid_sample(image[None], grid[None], padding_mode=padding,
                          align_corners=False)[0]
 
@@ -566,19 +583,34 @@ def align_face(image, landmarks, size):
 def paste_face(photo, crop, matrix, feather=0.1):
     """Put crop back where `matrix` (photo → crop) took it from.
 
-    Its borders fade over `feather` of its width.
+    Its borders fade over `feather` of its width. There it is given the photo's colours:
+    the difference, blurred, is added to the whole crop, so that no seam shows.
     """
     size = crop.shape[-1]
-    height, width = photo.shape[-2:]
     place = torch.arange(size)
     ramp = (place.minimum(place.flip(0)) + 0.5) / (feather * size)
     ramp = ramp.clamp(max=1)
     ramp = ramp * ramp * (3 - 2 * ramp)
     cover = (ramp[:, None] * ramp).to(crop)
+
+    border = cover * (1 - cover)
+    spread_out = gaussian_matrix(size / 6, size).to(crop)
+    difference = border * (warp_affine(photo, matrix, size, size, "border") - crop)
+    crop = crop + (spread_out @ difference @ spread_out.T) / (spread_out @ border @ spread_out.T)
+
     inverse = invert_matrix(matrix)
-    alpha = warp_affine(cover[None], inverse, height, width)
-    layer = warp_affine(crop, inverse, height, width, "border")
-    return photo + alpha * (layer - photo)
+    corners = torch.tensor([[0.0, 0.0], [size, 0.0], [0.0, size], [size, size]]) - 0.5
+    corners = transform_points(corners, inverse)
+    last = torch.tensor([photo.shape[2], photo.shape[1]])
+    left, top = corners.amin(0).floor().long().clamp(min=0).minimum(last - 1).tolist()
+    right, bottom = (corners.amax(0).ceil().long() + 1).minimum(last).tolist()
+    right, bottom = max(right, left + 1), max(bottom, top + 1)
+    inverse = inverse - torch.tensor([[0.0, 0.0, left], [0.0, 0.0, top]])
+    alpha = warp_affine(cover[None], inverse, bottom - top, right - left)
+    layer = warp_affine(crop, inverse, bottom - top, right - left, "border")
+    result = photo.clone()
+    result[:, top:bottom, left:right] += alpha * (layer - result[:, top:bottom, left:right])
+    return result
 
 
 def component_boxes(landmarks, size):
@@ -637,32 +669,61 @@ def draw_landmarks(image, landmarks):
 
 @functools.lru_cache
 def _landmark_detector(device):
-    import face_alignment
-    kinds = face_alignment.LandmarksType
-    kind = kinds.TWO_D if hasattr(kinds, "TWO_D") else kinds._2D     # before version 1.4
-    return face_alignment.FaceAlignment(kind, device=device, flip_input=False)
+    """find(pixels (H,W,3) uint8) → landmarks (68,2) of its faces, by face-alignment, else
+    by dlib. ImportError if neither is installed."""
+    with contextlib.suppress(ImportError):
+        import face_alignment
+        kinds = face_alignment.LandmarksType
+        kind = kinds.TWO_D if hasattr(kinds, "TWO_D") else kinds._2D    # before version 1.4
+        detector = face_alignment.FaceAlignment(kind, device=device, flip_input=False)
+        return detector.get_landmarks_from_image
+
+    import dlib
+    models = importlib.util.find_spec("face_recognition_models")     # its __init__ wants setuptools
+    if models is None:
+        raise ImportError
+    file = Path(models.origin).parent / "models" / "shape_predictor_68_face_landmarks.dat"
+    search = dlib.get_frontal_face_detector()
+    predict = dlib.shape_predictor(str(file))
+
+    def find(pixels):
+        # It knows faces from 80 pixels on. A picture is enlarged so that smaller ones grow to that.
+        height, width, _ = pixels.shape
+        factor = min(max(int(math.sqrt(_PIXELS_SEARCHED / (height * width))), 1), 3)
+        if factor > 1:
+            pixels = np.array(Image.fromarray(pixels).resize((factor * width, factor * height)))
+        boxes, _, _ = search.run(pixels, 0, -0.3)       # below its own threshold, 0: faces are blurred here
+        marks = [predict(pixels, box).parts() for box in boxes]
+        return [np.array([((point.x + 0.5) / factor - 0.5, (point.y + 0.5) / factor - 0.5)
+                          for point in face], np.float32) for face in marks]
+    return find
+
+
+def _detecting(workers, device):
+    """So many worker processes may detect: none where the detector is on a GPU."""
+    on_gpu = torch.device(device).type == "cuda" and importlib.util.find_spec("face_alignment")
+    return 0 if on_gpu else workers
 
 
 def detect_landmarks(image, device="cpu", name="this picture", aligned=False):
-    """Landmarks of all faces in image (3,H,W) → (N,68,2), by the papers' own detector.
+    """Landmarks of all faces in image (3,H,W) → (N,68,2), the largest face first.
 
-    InputError if it is not installed or finds no face. `aligned`: the image is an aligned
-    crop already, so the message does not propose one.
+    By face-alignment, the papers' own detector, or by dlib, whichever is installed.
+    InputError if none is, or if it finds no face. `aligned`: the image is an aligned crop
+    already, so the message does not propose one.
     """
+    crop = "" if aligned else "or pass an aligned crop with --aligned, "
     try:
         detector = _landmark_detector(str(device))
     except ImportError:
-        crop = "" if aligned else "or pass an aligned crop with --aligned, "
-        raise InputError(f"{name}: its landmarks are unknown; "
-                         f"give a file {name}.txt of 68 lines `x y`, "
-                         f"{crop}or `pip install face-alignment`") from None
-    pixels = to_uint8(image).permute(1, 2, 0).cpu().numpy()
-    found = detector.get_landmarks_from_image(pixels)
+        raise InputError(f"{name}: its landmarks are unknown; give a file {name}.txt of 68 lines `x y`, "
+                         f"{crop}or `pip install dlib-bin face_recognition_models`, "
+                         "or `pip install face-alignment`") from None
+    found = detector(to_uint8(image).permute(1, 2, 0).cpu().numpy())
     if found is None or len(found) == 0:
-        crop = "" if aligned else ", or an aligned crop with --aligned"
-        raise InputError(f"{name}: no face found; "
-                         f"give its landmarks in {name}.txt{crop}")
-    return torch.from_numpy(np.stack(found)[..., :2]).float()
+        raise _NoFaceError(f"{name}: no face found; {crop}give its landmarks in {name}.txt")
+    faces = torch.from_numpy(np.stack(found)[..., :2]).float()
+    return faces[faces.var(1).sum(1).argsort(descending=True)]
 
 
 # --------------------------------------------------------------------------------------
@@ -862,8 +923,9 @@ class FaceFolder(torch.utils.data.Dataset):
 
     Items are `Face`s of size×size. Landmarks are photo.jpg.txt or photo.txt beside the
     picture, or in the parallel folder `landmarks`. For a picture without any the detector
-    is asked. With `aligned` it is an FFHQ-aligned crop instead and gets the average ones,
-    unless `need_landmarks`. Square pictures are used whole, others are aligned by their
+    is asked, in `workers` processes, and its largest face is kept in the cache. With
+    `aligned` it is an FFHQ-aligned crop instead and gets the average ones, unless
+    `need_landmarks`. Square pictures are used whole, others are aligned by their
     landmarks; without landmarks their middle is used. What cannot be read is named on
     stderr and left out. More than 5 % of it is an InputError.
 
@@ -871,7 +933,7 @@ class FaceFolder(torch.utils.data.Dataset):
     the folder or file. fingerprint: changes with names, sizes, landmarks and options.
     """
     def __init__(self, root, size=128, landmarks=None, aligned=False,
-                 need_landmarks=False, device="cpu"):
+                 need_landmarks=False, device="cpu", workers=0):
         root = Path(root)
         if not root.is_dir():
             raise InputError(f"{root}: no such folder; --data wants a folder of pictures "
@@ -889,9 +951,12 @@ class FaceFolder(torch.utils.data.Dataset):
         self._faults = {}                      # file → what is wrong with it
         self._files = []
         self._points = []                      # landmarks in the file's pixels, or None
+        average = aligned and not need_landmarks
+        if not average:
+            _detect_ahead([file for file in found if _find_landmarks(file, landmarks) is None],
+                          device, workers)
         for file in found:
             try:
-                average = aligned and not need_landmarks
                 points = _read_points(file, landmarks, average, aligned, device)
                 self._points.append(points)
                 self._files.append(file)
@@ -988,7 +1053,56 @@ def _read_points(file, folder, average, aligned, device):
         return read_landmarks(path, size)
     if average:
         return None
-    return detect_landmarks(read_image(file), device, file, aligned)[0]
+    return _detected(file, device, aligned)
+
+
+def _detected(file, device, aligned=False):
+    """Landmarks (68,2) of the largest face, from the cache or by the detector.
+
+    A picture without a face is remembered, too, as an empty file.
+    """
+    state = file.stat()
+    key = f"{file.resolve()} {state.st_size} {state.st_mtime_ns}"
+    kept = _CACHE / "landmarks" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.txt"
+    if kept.is_file() and kept.stat().st_size > 0:
+        return read_landmarks(kept)
+    if kept.is_file():
+        raise InputError(f"{file}: no face found; give its landmarks in {file}.txt, "
+                         "or remove it")
+    try:
+        points = detect_landmarks(read_image(file), device, file, aligned)[0]
+    except _NoFaceError:
+        write_landmarks(kept, torch.empty(0, 68, 2))
+        raise
+    write_landmarks(kept, points)
+    return points
+
+
+class _Undetected(torch.utils.data.Dataset):
+    """Asking for an item puts the landmarks of a picture into the cache, if it can."""
+
+    def __init__(self, files, device):
+        self.files = files
+        self.device = device
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        with contextlib.suppress(InputError, OSError):     # said when the picture's turn comes
+            _detected(self.files[index], self.device)
+        return index
+
+
+def _detect_ahead(files, device, workers):
+    """Detect the faces of a folder in several processes, once for all ranks."""
+    with first():
+        if files and rank() == 0:
+            progress = Progress("looking for faces", len(files), quiet=len(files) < 100)
+            loader = torch.utils.data.DataLoader(_Undetected(files, device), batch_size=None,
+                                                 num_workers=_detecting(workers, device))
+            for number, _ in enumerate(loader, 1):
+                progress.update(number)
 
 
 def _picture_size(file):
@@ -1850,23 +1964,33 @@ def in_batches(call, count, batch):
     """call(slice) for `count` faces, `batch` at a time → its results in one tensor.
 
     `call` may also give several tensors, or None for one that it does not make. Out of
-    GPU memory, the batch is halved, with a line that says so. """
+    memory, the batch is halved, with a line that says so. """
     results = []
     start = 0
     while start < count:
         try:
             results.append(call(slice(start, start + batch)))
             start += batch
-        except torch.cuda.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
             if batch == 1:
-                raise InputError("not enough GPU memory for one face; use --device cpu or a smaller "
+                raise InputError("not enough memory for one face; use --device cpu or a smaller "
                                  "--size") from None
             batch //= 2
-            torch.cuda.empty_cache()
-            print(f"out of GPU memory: going on with {batch} faces at a time", file=sys.stderr)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            print(f"out of memory: going on with {batch} faces at a time", file=sys.stderr)
     if torch.is_tensor(results[0]):
         return torch.cat(results)
     return [None if parts[0] is None else torch.cat(parts) for parts in zip(*results)]
+
+
+def _out_of_memory(error):
+    """Whether a GPU's memory, or the machine's, was too small: torch has no type for the
+    second."""
+    return (isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
+            or "can't allocate memory" in str(error))
 
 
 # Several processes
@@ -1970,6 +2094,26 @@ def _replacing(path):
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def _alone_in(folder):
+    """InputError if another process of this machine trains in this folder.
+
+    The lock lies in the cache, so that a refused command leaves the folder as it is, and
+    ends with its process. Windows has none."""
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None and rank() == 0:
+            with contextlib.suppress(OSError):                 # no cache, no lock
+                (_CACHE / "locks").mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(_CACHE / "locks" / name, "w"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise InputError(f"{folder}: another process trains in it; wait for it, "
+                                     "or choose another --out") from None
+        yield
+
+
 def _check_writable(folder):
     """InputError if the folder cannot be made or written in; makes nothing yet."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -1987,8 +2131,11 @@ def _write_json(path, value):
 def save_checkpoint(path, state):
     """torch.save, flushed and renamed into place: a crash leaves the checkpoint before
     it whole."""
-    with _replacing(path) as temporary:
-        torch.save(state, temporary)
+    with _replacing(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:              # which hides the OSError of a full disk
+            raise error.__context__ or error from None
 
 
 def load_weights(path, device="cpu", advice=None):
@@ -2160,7 +2307,8 @@ def arguments(doc, presets, variants):
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
         help="auto is bfloat16 where the processor gains from it and the result stays the same to the eye")
-    add("--workers", type=_whole_number(0), default=0, help="processes that read and degrade pictures")
+    add("--workers", type=_whole_number(0), default=0, help="processes that read and degrade pictures, and "
+        "look for faces")
     add("--out", metavar="DIR", help="the run's folder (default runs/SCRIPT); for --restore where "
         "pictures go (default restored)")
     add("--checkpoint", metavar="FILE", help="default: the run's own")
@@ -2266,21 +2414,21 @@ def load_faces(args, cfg, need_landmarks=False):
     recorded = None if args.state is None else args.state["data"]
     if recorded is not None and (args.resume or args.data is None):
         chosen = {name: getattr(args, name) or recorded[name] for name in _FACES}
-        faces = _open_faces(chosen, cfg.size, cfg.people, need_landmarks, args.device)
+        faces = _open_faces(chosen, cfg.size, cfg.people, need_landmarks, args.device, args.workers)
         if faces.fingerprint != recorded["fingerprint"]:
             raise InputError(f"these are not the faces that {args.checkpoint} was trained on "
                              f"({recorded['data'] or 'rendered'}; pictures, landmarks or options differ); "
                              "give those back, or train anew into another --out")
         return faces
     chosen = {name: getattr(args, name) for name in _FACES}
-    return _open_faces(chosen, cfg.size, cfg.people, need_landmarks, args.device)
+    return _open_faces(chosen, cfg.size, cfg.people, need_landmarks, args.device, args.workers)
 
 
-def _open_faces(chosen, size, people, need_landmarks, device):
+def _open_faces(chosen, size, people, need_landmarks, device, workers=0):
     if chosen["data"] is None:
         return RenderedFaces(size, people)
     return FaceFolder(chosen["data"], size, chosen["landmarks"], chosen["aligned"],
-                      need_landmarks, device)
+                      need_landmarks, device, workers)
 
 
 def _own_faces(faces, args):
@@ -2605,7 +2753,8 @@ def planned_runs(args, script, presets, variants, claims, figures, prepared=None
     holds: it is made once for each. `tested` names one that training does not read: its
     rows come as --evaluate. """
     if args.variant != "all":
-        yield args
+        with _alone_in(args.folder):
+            yield args
         return
     first_seed = args.seed or 0
     folders = {variant: [] for variant in variants}
@@ -2637,7 +2786,8 @@ def planned_runs(args, script, presets, variants, claims, figures, prepared=None
                 row.prepared = not row.resume and (folder / "dictionary.pt").is_file()
             if rank() == 0:
                 print(f"\n{variant}, seed {seed}: {folder}", flush=True)
-            yield row
+            with _alone_in(folder):
+                yield row
     if rank() == 0:
         _report_ablation(args, script, folders, claims, figures)
 
@@ -2759,60 +2909,131 @@ def _draw_ablation(claims):
 # Restoring files
 
 def restore_files(args, size, restore_crops, need_landmarks=False):
-    """Restore --restore, a picture or every picture of a folder, into --out under the
-    same name (as PNG).
+    """Restore --restore, a picture or every picture of a folder and those in it, into
+    --out under the same names (as PNG).
 
-    `restore_crops(crops (N,3,size,size), landmarks (N,68,2), file)` → (N,3,size,size)
-    restores the faces of one picture. With --aligned the picture is one face crop: a
+    `restore_crops(crops (N,3,size,size), landmarks (N,68,2), files)` restores faces, of
+    which number i is of files[i], → the restored ones, and for --check {title: pictures}
+    that show what they were made with. With --aligned a picture is one face crop: a
     square one is written at size×size, of another its middle is restored in place.
     Otherwise every face is aligned, restored and pasted back, into a photo enlarged up
-    to 4 times where the faces are smaller than `size`. An aligned crop without
-    landmarks gets the average ones, with `need_landmarks` the detector's. Existing
-    results are skipped without --overwrite; a file that fails is named. Returns the
-    number of failures. """
-    files = _pictures(args.restore, "--restore")
-    keep_freed_memory()
-    stems = [file.stem for file in files]
-    names = [file.stem if stems.count(file.stem) == 1 else file.name    # a.jpg and a.png both get a result
-             for file in files]
+    to 4 times where the faces are smaller than `size`. Landmarks that were detected are
+    written as photo.jpg.txt beside the results: corrected by hand, they serve as
+    `--landmarks`. An aligned crop without landmarks gets the average ones, with
+    `need_landmarks` the detector's. Existing results are skipped without --overwrite; a
+    file that fails is named. Returns the number of failures. """
+    files = _pictures(args.restore, "--restore", args.out)
+    folder = Path(args.restore) if len(files) > 1 or files[0] != Path(args.restore) else files[0].parent
+    results = _results(files, folder, args.out)
     originals = {file.resolve() for file in files}
-    for name in names:
-        if (args.out / f"{name}.png").resolve() in originals:
-            raise InputError(f"{args.out / name}.png: would overwrite an original; choose another --out")
+    for result in results:
+        if result.resolve() in originals:
+            raise InputError(f"{result}: would overwrite an original; choose another --out")
+    todo = [(file, result) for file, result in zip(files, results) if args.overwrite or not result.exists()]
+    keep_freed_memory()
+    photos = torch.utils.data.DataLoader(_Photos(todo, args, size, need_landmarks), batch_size=None,
+                                         num_workers=_detecting(args.workers, args.device))
+    progress = Progress("restoring", len(todo), quiet=len(files) == 1)
     failures = []
-    skipped = 0
-    for file, name in zip(files, names):
-        if (args.out / f"{name}.png").exists() and not args.overwrite:
-            skipped += 1
-            continue
-        try:
-            _restore_file(file, name, args, size, restore_crops, need_landmarks)
-        except InputError as error:
-            if len(files) == 1:
-                raise
-            failures.append(f"failed: {error}")
+    waiting = []
+    with concurrent.futures.ThreadPoolExecutor(1) as writer:
+        writing = []
+        for number, photo in enumerate(photos, 1):
+            if isinstance(photo, str):
+                if len(files) == 1:
+                    raise InputError(photo)
+                failures.append(f"failed: {photo}")
+            else:
+                waiting.append(photo)
+            enough = sum(len(photo.crops) for photo in waiting) >= _RESTORED_AT_ONCE
+            large = sum(photo.picture.numel() for photo in waiting) > 3 * _PIXELS_AT_ONCE
+            if waiting and (enough or large or number == len(todo)):
+                restored = _restore_waiting(waiting, restore_crops)
+                for job in writing:
+                    job.result()                            # raises what went wrong there
+                writing = [writer.submit(_write_result, *one, args) for one in restored]
+                waiting = []
+            progress.update(number)
+        for job in writing:
+            job.result()
     for failure in failures:
         print(failure, file=sys.stderr)
-    print(f"{len(files) - len(failures) - skipped} restored, {skipped} skipped (already there), "
+    print(f"{len(todo) - len(failures)} restored, {len(files) - len(todo)} skipped (already there), "
           f"{len(failures)} failed → {args.out}")
     return len(failures)
 
 
-def _restore_file(file, name, args, size, restore_crops, need_landmarks):
-    photo, matrices, points = _faces_of(file, size, args, need_landmarks)
-    crops = torch.stack([warp_affine(photo, matrix, size, size, "border") for matrix in matrices])
-    landmarks = torch.stack([transform_points(p, matrix) for p, matrix in zip(points, matrices)])
-    restored = restore_crops(crops, landmarks, file).float().cpu()
-    result = photo
-    if args.aligned and photo.shape[1] == photo.shape[2]:
-        result = restored[0]
+def _results(files, folder, out):
+    """Where each file's result goes; a.jpg and a.png of one folder both get one."""
+    names = [file.relative_to(folder).with_suffix("") for file in files]
+    return [out / (f"{name}.png" if names.count(name) == 1 else f"{file.relative_to(folder)}.png")
+            for name, file in zip(names, files)]
+
+
+class _Photo(NamedTuple):
+    """What a worker makes of a picture file."""
+    file: Path
+    result: Path
+    picture: torch.Tensor      # (3,H,W), enlarged where its faces are small
+    matrices: torch.Tensor     # (N,2,3), photo → crop
+    crops: torch.Tensor        # (N,3,size,size)
+    landmarks: torch.Tensor    # (N,68,2) in the crops
+    found: torch.Tensor        # (N,68,2) in the file's pixels, if they were detected; else None
+
+
+class _Photos(torch.utils.data.Dataset):
+    """Reads pictures and cuts out their faces. An item is a _Photo, or what is wrong."""
+
+    def __init__(self, todo, args, size, need_landmarks):
+        self.todo = todo
+        self.args = args
+        self.size = size
+        self.need_landmarks = need_landmarks
+
+    def __len__(self):
+        return len(self.todo)
+
+    def __getitem__(self, index):
+        file, result = self.todo[index]
+        try:
+            picture, matrices, points, found = _faces_of(file, self.size, self.args, self.need_landmarks)
+        except InputError as error:
+            return str(error)
+        crops = [warp_affine(picture, matrix, self.size, self.size, "border") for matrix in matrices]
+        landmarks = [transform_points(face, matrix) for face, matrix in zip(points, matrices)]
+        return _Photo(file, result, picture, torch.stack(matrices), torch.stack(crops),
+                      torch.stack(landmarks), found)
+
+
+def _restore_waiting(photos, restore_crops):
+    """Restore the faces of several photos in one call → (photo, its restored faces, what
+    --check shows) of each."""
+    crops = torch.cat([photo.crops for photo in photos])
+    landmarks = torch.cat([photo.landmarks for photo in photos])
+    counts = [len(photo.crops) for photo in photos]
+    files = [photo.file for photo, count in zip(photos, counts) for _ in range(count)]
+    restored, shown = restore_crops(crops, landmarks, files)
+    restored = restored.float().cpu().split(counts)
+    shown = {title: pictures.float().cpu().split(counts) for title, pictures in shown.items()}
+    return [(photo, faces, {title: pictures[i] for title, pictures in shown.items()})
+            for i, (photo, faces) in enumerate(zip(photos, restored))]
+
+
+def _write_result(photo, restored, shown, args):
+    """Paste the faces back and write; last the picture, as what it lacks is made again."""
+    picture = photo.picture
+    if args.aligned and picture.shape[1] == picture.shape[2]:
+        picture = restored[0]
     else:
-        for crop, matrix in zip(restored, matrices):
-            result = paste_face(result, crop, matrix)
-    write_image(args.out / f"{name}.png", result)
+        for crop, matrix in zip(restored, photo.matrices):
+            picture = paste_face(picture, crop, matrix)
+    if photo.found is not None:
+        write_landmarks(photo.result.with_name(f"{photo.file.name}.txt"), photo.found)
     if args.check:
-        drawn = [draw_landmarks(crop, marks) for crop, marks in zip(crops, landmarks)]
-        write_image(args.out / f"{name}_check.png", torch.cat(drawn, 2))
+        drawn = [draw_landmarks(crop, marks) for crop, marks in zip(photo.crops, photo.landmarks)]
+        columns = {"input": torch.stack(drawn), **shown, "restored": restored}
+        write_image(photo.result.with_name(f"{photo.result.stem}_check.png"), comparison_grid(columns))
+    write_image(photo.result, picture)
 
 
 def read_references(source, size, args, need_landmarks=False):
@@ -2825,7 +3046,7 @@ def read_references(source, size, args, need_landmarks=False):
     files = _pictures(source, "--reference")
     for file in files:
         try:
-            photo, matrices, faces = _faces_of(file, size, args, need_landmarks)
+            photo, matrices, faces, _ = _faces_of(file, size, args, need_landmarks)
         except InputError as error:
             if len(files) == 1:
                 raise
@@ -2841,15 +3062,19 @@ def read_references(source, size, args, need_landmarks=False):
     return torch.stack(images), torch.stack(points), used
 
 
-def _pictures(source, option):
-    """The picture files a command line names: one, or those of a folder, sorted."""
+def _pictures(source, option, out=None):
+    """The picture files a command line names: one, or those of a folder and the folders in
+    it, sorted; without those of the folder `out` that lies in it."""
     source = Path(source)
     if not source.exists():
         raise InputError(f"{source}: no such file or folder; "
                          f"{option} wants a picture or a folder of pictures")
     if source.is_file():
         return [source]
-    files = sorted(file for file in source.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES)
+    files = sorted(file for file in source.rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES
+                   and not file.name.startswith("."))
+    if out is not None and out.resolve() != source.resolve():
+        files = [file for file in files if out.resolve() not in file.resolve().parents]
     if not files:
         raise InputError(f"{source}: no pictures in it")
     return files
@@ -2857,16 +3082,18 @@ def _pictures(source, option):
 
 def _faces_of(file, size, args, need_landmarks):
     """A picture's pixels (enlarged where its faces are small), crop matrices and
-    landmarks of its faces."""
+    landmarks of its faces; and the landmarks in the file's pixels if they were detected,
+    else None."""
     photo = read_image(file)
     path = _find_landmarks(file, args.landmarks)
     height, width = photo.shape[1:]
+    found = None
     if path is not None:
         points = read_landmarks(path, (height, width), several=True)
     elif args.aligned and not need_landmarks:
         points = None
     else:
-        points = detect_landmarks(photo, args.device, file, args.aligned)
+        points = found = detect_landmarks(photo, args.device, file, args.aligned)
     if args.aligned:
         matrices = [_middle_matrix(height, width, size)]
         if points is None:
@@ -2874,7 +3101,7 @@ def _faces_of(file, size, args, need_landmarks):
         points = points[:1]
     else:
         matrices = [face_matrix(face, size) for face in points]
-    return _enlarged(photo, matrices, points)
+    return *_enlarged(photo, matrices, points), found
 
 
 def _middle_matrix(height, width, size):
@@ -2902,15 +3129,26 @@ def _enlarged(photo, matrices, points):
 
 
 def run_script(main):
-    """Run a script's main(); an InputError becomes a line on stderr and exit status 2,
-    Ctrl-C status 130."""
+    """Run a script's main(). An InputError, or too little memory, becomes a line on
+    stderr and exit status 2; Ctrl-C status 130, SIGTERM 143, after cleaning up."""
+    def stop(number, frame):
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    name = Path(sys.argv[0]).name
     try:
         sys.exit(main())
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        print(f"{name}: not enough memory; use a smaller --batch or --size", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("\nstopped; the same command goes on (a training with --resume, from its last checkpoint)",
+              file=sys.stderr)
         sys.exit(130)
     finally:
         if torch.distributed.is_initialized():

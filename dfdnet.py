@@ -870,8 +870,8 @@ def main(argv=None):
         common.report(run, table, pictures)
         return 0
 
-    def restore_crops(crops, landmarks, file):
-        return restore(net, crops, landmarks, precision=args.precision)
+    def restore_crops(crops, landmarks, files):
+        return restore(net, crops, landmarks, precision=args.precision), {}
 
     return 1 if common.restore_files(args, cfg.size, restore_crops) else 0
 

@@ -1173,10 +1173,12 @@ def load_network(args):
 
 
 def person_of(net, args):
-    """The specific dictionary of the person of --reference or --dictionary; None without.
+    """The specific dictionary of the person of --dictionary, of --reference, or of both
+    together; None without. One is stored by --save-dictionary.
 
     A stored one fits the network that made it: a run at its step, or the authors'.
     """
+    known = None
     maker = "released"
     if args.state is not None:
         maker = f"{args.state['run_id']}, step {args.state['step']}"
@@ -1186,17 +1188,21 @@ def person_of(net, args):
         if not isinstance(state, dict) or state.get("maker") != maker:
             raise InputError(f"{args.dictionary}: not a dictionary that this network made; "
                              f"{advice}")
-        return state["dictionary"]
+        known = state["dictionary"]
     if args.reference is None:
-        return None
+        return known
     size = net.cfg.size
     references, landmarks, files = common.read_references(args.reference, size, args)
     specific = specific_dictionary(net, references, landmarks, precision=args.precision)
     print(f"guided by {len(files)} pictures: {', '.join(map(str, files))}")
+    if known is not None:
+        specific = {name: tuple(torch.cat(both) for both in zip(known[name], items))
+                    for name, items in specific.items()}
     if args.save_dictionary is not None:
         stored = {"maker": maker, "dictionary": specific}
         common.save_checkpoint(Path(args.save_dictionary), stored)
-        print(f"{args.save_dictionary}: {len(files)} references")
+        items, _ = next(iter(specific.values()))
+        print(f"{args.save_dictionary}: {len(items)} references")
     return specific
 
 
@@ -1212,11 +1218,9 @@ def main(argv=None):
     parser.action.add_argument("--save-dictionary", metavar="FILE",
                                help="store the dictionary of the person of --reference")
     parser.add_argument("--dictionary", metavar="FILE",
-                        help="the same person's dictionary, stored by --save-dictionary")
+                        help="the same person's dictionary, stored by --save-dictionary; "
+                             "--reference adds to it")
     args = common.parse(parser, argv, SCRIPT)
-    if args.reference and args.dictionary:
-        raise InputError("--reference or --dictionary, not both: a dictionary stands for "
-                         "its pictures")
     if args.save_dictionary and not args.reference:
         raise InputError("--save-dictionary wants --reference: pictures of a person")
     if args.train:
@@ -1243,8 +1247,12 @@ def main(argv=None):
     if args.save_dictionary:
         return 0
 
-    def restore_crops(crops, landmarks, file):
-        return restore(net, crops, landmarks, person, precision=args.precision)
+    def restore_crops(crops, landmarks, files):
+        restored = restore(net, crops, landmarks, person, precision=args.precision)
+        if person is None or not args.check:
+            return restored, {}
+        generic = restore(net, crops, landmarks, precision=args.precision)
+        return restored, {"generic memory alone": generic}
 
     return 1 if common.restore_files(args, cfg.size, restore_crops) else 0
 

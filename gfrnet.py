@@ -755,8 +755,11 @@ def main(argv=None):
         guide = images[best:best + 1]
         print(f"guide: {files[best]}")
 
-    def restore_crops(crops, landmarks, file):
-        return restore(net, crops, guide.expand_as(crops), precision=args.precision)[0]
+    def restore_crops(crops, landmarks, files):
+        guides = guide.expand_as(crops)
+        restored, warped, _ = restore(net, crops, guides, precision=args.precision)
+        shown = {"guide": guides, "warped": warped}                   # what --check shows
+        return restored, {name: x for name, x in shown.items() if cfg.guided and x is not None}
 
     return 1 if common.restore_files(args, cfg.size, restore_crops) else 0
 

@@ -487,6 +487,19 @@ def test_a_stored_dictionary_restores_as_its_pictures_do(trained, train, run, pe
         assert done.status == 0, done.stderr
     album, stored, none = ((tmp_path / name / "0.png").read_bytes() for name in ("album", "stored", "none"))
     assert stored == album != none
+    some, others = tmp_path / "some", tmp_path / "others"                 # the same album in two parts
+    for number in range(5):
+        for name in (f"{number}.png", f"{number}.png.txt"):
+            part = some if number < 2 else others
+            part.mkdir(exist_ok=True)
+            shutil.copy(people / "anna" / name, part / name)
+    run("dmdnet", "--save-dictionary", "two.pt", "--reference", some, *checkpoint, cwd=tmp_path)
+    done = run("dmdnet", "--save-dictionary", "five.pt", "--dictionary", "two.pt", "--reference", others,
+               *checkpoint, cwd=tmp_path)
+    assert done.status == 0 and "five.pt: 5 references" in done.stdout, done.stderr
+    grown, whole = (common.load_weights(tmp_path / name)["dictionary"] for name in ("five.pt", "person.pt"))
+    for name in whole:
+        torch.testing.assert_close(grown[name], whole[name], rtol=1e-5, atol=1e-5)
     other = train("dmdnet", "--variant", "only-specific", "--steps", "1")
     done = run("dmdnet", "--restore", photos / "0.png", "--dictionary", "person.pt", "--checkpoint",
                other.checkpoint, cwd=tmp_path)
@@ -496,7 +509,7 @@ def test_a_stored_dictionary_restores_as_its_pictures_do(trained, train, run, pe
 @only("gfrnet", "asffnet")
 def test_guided_methods_want_true_landmarks_of_aligned_crops_too(trained, run, people, photos, tmp_path):
     """Average ones would teach that nothing moves. The detector of the papers is hidden, if there is one."""
-    hidden = "import sys; sys.modules['face_alignment'] = None"
+    hidden = "import sys; sys.modules['face_alignment'] = sys.modules['dlib'] = None"
     bare = tmp_path / "bare"
     shutil.copytree(people, bare, ignore=shutil.ignore_patterns("*.txt"))
     done = run(trained.script, "--train", "--data", bare, "--aligned", cwd=tmp_path, changes=hidden)
@@ -937,8 +950,6 @@ BAD_INPUT = {
                "weights": options("--restore", "x.png", "--weights", "w.pth", expected="released none")},
     "asffnet": {**EVERYWHERE, "missing_reference": OF_REFERENCES["missing_reference"]},
     "dmdnet": {**EVERYWHERE, "missing_reference": OF_REFERENCES["missing_reference"],
-               "two_sources_of_references": lambda work: (
-                   [*photo(work), "--reference", work, "--dictionary", "person.pt"], "not both"),
                "dictionary_of_nobody": options("--save-dictionary", "person.pt", "--checkpoint",
                                                "checkpoint.pt", expected="wants --reference"),
                "dictionary_that_is_a_checkpoint": lambda work: (
@@ -1044,7 +1055,7 @@ def test_a_batch_is_halved_when_the_gpus_memory_is_full(capsys):
     numbers, nothing = common.in_batches(call, 10, 8)
     assert numbers.tolist() == list(range(10)) and nothing is None
     assert asked == [(0, 8), (0, 4), (0, 2), (2, 4), (4, 6), (6, 8), (8, 10)]
-    assert capsys.readouterr().err.splitlines()[-1] == "out of GPU memory: going on with 2 faces at a time"
+    assert capsys.readouterr().err.splitlines()[-1] == "out of memory: going on with 2 faces at a time"
 
     def never(part):
         raise torch.cuda.OutOfMemoryError

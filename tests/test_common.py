@@ -457,8 +457,8 @@ def test_landmarks_lie_beside_the_picture_or_in_a_parallel_folder(tmp_path):
     picture.parent.mkdir()
     assert common._find_landmarks(picture) is None
     assert common._find_landmarks(picture, tmp_path / "marks") is None
-    places = ("anna/a.txt", "anna/a.jpg.txt", "marks/anna/a.txt", "marks/anna/a.jpg.txt",
-              "marks/a.jpg.txt")
+    places = ("anna/a.txt", "anna/a.jpg.txt", "marks/a.txt", "marks/a.jpg.txt", "marks/anna/a.txt",
+              "marks/anna/a.jpg.txt")
     for place in places:
         (tmp_path / place).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / place).touch()
@@ -519,12 +519,17 @@ def test_paste_face_undoes_align_face_and_leaves_the_rest_alone(face, size, stre
     error = (pasted - photo)[:, middle]
     assert error.square().mean().sqrt() < 0.012              # half a pixel off: 0.05 and more
     assert torch.equal(pasted[:, outside], photo[:, outside])
-    new = common.paste_face(photo, torch.full_like(crop, 5.0), matrix)
-    torch.testing.assert_close(new[:, middle], torch.full_like(new[:, middle], 5.0), atol=1e-4, rtol=0)
-    assert torch.equal(new[:, outside], photo[:, outside])
+    def chequers(place):
+        return torch.sin(8 * 2 * math.pi * place).prod(-1)              # whose mean is 0
+    bumps = chequers(positions(size, size) / (size - 1))
+    change = common.paste_face(photo, crop + bumps, matrix) - pasted
+    expected = chequers(place)[middle].expand(3, -1)
+    torch.testing.assert_close(change[:, middle], expected, atol=0.25, rtol=0)
+    assert (change[:, middle] - expected).square().mean().sqrt() < 0.06
+    assert torch.equal(change[:, outside], torch.zeros_like(change[:, outside]))
     inside = ((place > 0.0) & (place < 1.0)).all(-1)
-    rim = inside & ~((place > 0.08) & (place < 0.92)).all(-1)
-    assert 1.2 < new[:, rim].mean() < 4                               # the border fades
+    rim = inside & ~((place > 0.04) & (place < 0.96)).all(-1)
+    assert 0.05 < change[:, rim].std() < 0.5 * change[:, middle].std()               # the border fades
 
 
 def literal_boxes(landmarks, size):
@@ -634,6 +639,7 @@ def test_detect_landmarks_speaks_to_both_versions_of_face_alignment(monkeypatch,
 
 def test_detect_landmarks_without_the_detector_or_a_face_names_the_ways_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "face_alignment", None)          # import then fails
+    monkeypatch.setitem(sys.modules, "dlib", None)
     ways = ("a.jpg.txt", "pip install face-alignment", "--aligned")
     for aligned in (False, True):
         with pytest.raises(InputError) as error:
@@ -928,6 +934,7 @@ def test_aligned_crops_do_not_get_average_landmarks_where_a_method_needs_their_o
 
 def test_face_folder_without_landmarks_or_pictures_says_so(tmp_path, face_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "face_alignment", None)
+    monkeypatch.setitem(sys.modules, "dlib", None)
     (tmp_path / "empty").mkdir()
     bare_folder(tmp_path / "bare", face_folder, 1)
     for root, message in (("none", "no such folder"), ("empty", "no pictures"), ("bare", "--aligned")):

@@ -894,7 +894,7 @@ def test_a_short_training_learns_to_paint_people_it_has_never_seen(face_folder, 
     held = validation + test
     cfg = replace(rf.TINY, size=64, codes=128, code_channels=32, widths=(16, 32, 48),
                   blocks=(0, 1, 1), discriminator_width=8, steps=180, dictionary_share=0.4,
-                  validate_every=90, learning_rate=6e-4, validated=4, restart_every=10,
+                  validate_every=90, learning_rate=3e-4, validated=4, restart_every=10,
                   weight_perceptual=0.02, weight_identity=0.02)
     args = SimpleNamespace(
         device=torch.device("cpu"), precision="auto", state=None, train=True, begin=0.0,
@@ -904,8 +904,8 @@ def test_a_short_training_learns_to_paint_people_it_has_never_seen(face_folder, 
     second, _ = rf.train_stage(2, cfg, args, faces, recogniser(), recogniser())
 
     (sharp,) = rf.restored_batches(first, faces, held, cfg, None, stage=1)
-    (before,) = rf.restored_batches(first, faces, held, cfg, 8)
-    (after,) = rf.restored_batches(second, faces, held, cfg, 8)
+    (before,) = rf.restored_batches(first, faces, held, cfg, 4)
+    (after,) = rf.restored_batches(second, faces, held, cfg, 4)
     target = sharp["target"]
     assert common.psnr(sharp["restored"], target).mean() > 19
     gain = common.psnr(after["restored"], target) - common.psnr(before["restored"], target)
