@@ -692,7 +692,7 @@ def _landmark_detector(device):
         factor = min(max(int(math.sqrt(_PIXELS_SEARCHED / (height * width))), 1), 3)
         if factor > 1:
             pixels = np.array(Image.fromarray(pixels).resize((factor * width, factor * height)))
-        boxes, _, _ = search.run(pixels, 0, -0.3)       # below its own threshold, 0: faces are blurred here
+        boxes, _, _ = search.run(pixels, 0, -0.15)      # below its own threshold, 0: faces are blurred here
         marks = [predict(pixels, box).parts() for box in boxes]
         return [np.array([((point.x + 0.5) / factor - 0.5, (point.y + 0.5) / factor - 0.5)
                           for point in face], np.float32) for face in marks]

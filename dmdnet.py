@@ -1174,36 +1174,55 @@ def load_network(args):
 
 def person_of(net, args):
     """The specific dictionary of the person of --dictionary, of --reference, or of both
-    together; None without. One is stored by --save-dictionary.
+    together, and the faces in it, uint8 (N,3,size,size); None, None without any.
 
-    A stored one fits the network that made it: a run at its step, or the authors'.
+    A stored one (--save-dictionary) fits the network that made it: a run at its step, or
+    the authors'.
     """
-    known = None
+    known, faces = None, None
     maker = "released"
     if args.state is not None:
         maker = f"{args.state['run_id']}, step {args.state['step']}"
     if args.dictionary is not None:
         advice = "make one with --save-dictionary and this network"
         state = common.load_weights(args.dictionary, args.device, advice)
-        if not isinstance(state, dict) or state.get("maker") != maker:
+        whole = isinstance(state, dict) and "faces" in state
+        if not whole or state.get("maker") != maker:
             raise InputError(f"{args.dictionary}: not a dictionary that this network made; "
                              f"{advice}")
-        known = state["dictionary"]
+        known, faces = state["dictionary"], state["faces"].cpu()
     if args.reference is None:
-        return known
+        return known, faces
     size = net.cfg.size
     references, landmarks, files = common.read_references(args.reference, size, args)
     specific = specific_dictionary(net, references, landmarks, precision=args.precision)
     print(f"guided by {len(files)} pictures: {', '.join(map(str, files))}")
+    new = common.to_uint8(references)
     if known is not None:
         specific = {name: tuple(torch.cat(both) for both in zip(known[name], items))
                     for name, items in specific.items()}
+        new = torch.cat([faces, new])
     if args.save_dictionary is not None:
-        stored = {"maker": maker, "dictionary": specific}
+        stored = {"maker": maker, "dictionary": specific, "faces": new}
         common.save_checkpoint(Path(args.save_dictionary), stored)
-        items, _ = next(iter(specific.values()))
-        print(f"{args.save_dictionary}: {len(items)} references")
-    return specific
+        print(f"{args.save_dictionary}: {len(new)} references")
+    return specific, new
+
+
+def readings_of(net, degraded, landmarks, specific, faces, precision="auto"):
+    """For --check: what the generic memory makes of each face alone, and which of the
+    person's faces each component reads most at the finest scale, Eq. (7)."""
+    shown = {"generic memory": restore(net, degraded, landmarks, precision=precision)}
+    for face in range(len(degraded)):                   # net.readings are of one call alone
+        one = slice(face, face + 1)
+        restore(net, degraded[one], landmarks[one], specific, precision=precision)
+        readings = net.readings.get(f"scale{min(net.cfg.scales, default=0)}", {})
+        for component, read in readings.items():
+            most = read["specific"][0].argmax().item()
+            title = f"for the {component.replace('_', ' ')}"
+            shown.setdefault(title, []).append(faces[most].float() / 127.5 - 1)
+    return {title: pictures if torch.is_tensor(pictures) else torch.stack(pictures)
+            for title, pictures in shown.items()}
 
 
 # --------------------------------------------------------------------------------------
@@ -1243,7 +1262,7 @@ def main(argv=None):
         pictures = samples(net, faces, test, cfg, args.precision)
         common.report(run, table, pictures)
         return 0
-    person = person_of(net, args)
+    person, faces = person_of(net, args)
     if args.save_dictionary:
         return 0
 
@@ -1251,8 +1270,7 @@ def main(argv=None):
         restored = restore(net, crops, landmarks, person, precision=args.precision)
         if person is None or not args.check:
             return restored, {}
-        generic = restore(net, crops, landmarks, precision=args.precision)
-        return restored, {"generic memory alone": generic}
+        return restored, readings_of(net, crops, landmarks, person, faces, args.precision)
 
     return 1 if common.restore_files(args, cfg.size, restore_crops) else 0
 

@@ -871,6 +871,37 @@ def test_one_set_of_exemplars_serves_all_faces():
     assert torch.equal(restored, expected[0]) and torch.equal(chosen, expected[1])
 
 
+def test_features_of_an_album_are_made_once_and_only_of_pictures_that_are_chosen():
+    net, (degraded, landmarks, exemplars, marks) = network(), restore_input()
+    asked = []
+    net.extract_guide.register_forward_hook(lambda module, inputs, output: asked.append(len(inputs[0])))
+    known, exactly = {}, {"precision": "float32"}
+    expected, chosen = asffnet.restore(net, degraded, landmarks, exemplars[:1], marks[:1], **exactly)
+    asked.clear()
+    for _ in range(2):
+        restored, _ = asffnet.restore(net, degraded, landmarks, exemplars[:1], marks[:1], known=known,
+                                      batch=2, **exactly)
+        torch.testing.assert_close(restored, expected, rtol=1e-4, atol=1e-5)
+    assert set(known) == set(chosen.tolist()) and asked == [1] * len(known)
+
+
+@pytest.mark.parametrize("changes", [{}, {"fusion": "concat"}])
+def test_check_shows_the_guide_as_it_was_aligned_and_where_it_is_trusted(changes):
+    net, (degraded, landmarks, exemplars, marks) = network(**changes), restore_input()
+    guides, theirs = exemplars[:, 1], marks[:, 1]
+    shown = asffnet.guidance(net, degraded, landmarks, guides, theirs)
+    assert torch.equal(shown["guide"], guides)
+    aligned = [net.align(guides[i:i + 1], landmarks[i:i + 1], theirs[i:i + 1], 1) for i in range(5)]
+    assert torch.equal(shown["aligned guide"], torch.cat(aligned))
+    assert ("trusted" in shown) == (not changes)
+    if not changes:
+        with torch.no_grad():
+            net(degraded, guides, landmarks, theirs)
+        mask = net.attention[-1].mean(1, keepdim=True)
+        seen = F.avg_pool2d(shown["trusted"][:, :1] / 2 + 0.5, degraded.shape[-1] // mask.shape[-1])
+        torch.testing.assert_close(seen, mask, rtol=0, atol=0.02)
+
+
 def test_held_out_faces_are_degraded_and_guided_alike_whatever_their_company_and_k():
     faces, net = common.RenderedFaces(64, identities=4, per_identity=4), network()
     batch, = asffnet.restored_batches(net, faces, [0, 1, 5, 8], net.cfg, 4)

@@ -342,6 +342,8 @@ def test_restore_writes_a_photo_with_sidecar_landmarks_and_check_draws_them(trai
         assert (small - photo).abs().mean() < 0.3
     assert (small - photo).abs().max() > 0.01                                  # and restored
     drawn = common.read_image(tmp_path / "restored" / "0_check.png")
+    columns = {"gfrnet": 4, "asffnet": 5, "dfdnet": 2, "dmdnet": 7, "restoreformer": 2}    # what it leaned on
+    assert drawn.shape[2] == 1 + 65 * columns[trained.script]
     lime, yellow = torch.tensor([-1.0, 1, -1]), torch.tensor([1.0, 1, -1])
     for colour in (lime, yellow):
         assert ((drawn - colour[:, None, None]).abs().amax(0) < 0.1).sum() > 10

@@ -742,6 +742,25 @@ def test_generic_pictures_are_of_different_people_first_and_repeat_only_when_all
 # Restoration
 
 
+def test_check_shows_the_reference_that_each_component_reads_most():
+    """By the weights of each face alone; beside it what the generic memory makes of it."""
+    net, degraded, landmarks = network(), some_images(2), some_landmarks(2)
+    sharp, points = some_images(3, seed=2), some_landmarks(3, seed=8)
+    exactly = {"precision": "float32"}
+    specific = dmdnet.specific_dictionary(net, sharp, points, **exactly)
+    shown = dmdnet.readings_of(net, degraded, landmarks, specific, common.to_uint8(sharp), **exactly)
+    generic = dmdnet.restore(net, degraded, landmarks, **exactly)
+    torch.testing.assert_close(shown.pop("generic memory"), generic, atol=1e-5, rtol=1e-5)
+    assert list(shown) == ["for the left eye", "for the right eye", "for the nose", "for the mouth"]
+    for face in (0, 1):
+        one = slice(face, face + 1)
+        dmdnet.restore(net, degraded[one], landmarks[one], specific, **exactly)
+        readings = net.readings[f"scale{min(net.cfg.scales)}"]
+        for read, pictures in zip(readings.values(), shown.values(), strict=True):
+            expected = sharp[read["specific"][0].argmax()].clamp(-1, 1)
+            torch.testing.assert_close(pictures[face], expected, atol=0.01, rtol=0)
+
+
 def test_restore_gives_every_face_its_own_references_whatever_the_batch():
     net, degraded, landmarks = network().train(), some_images(5), some_landmarks(5)
     sharp, points, owner = some_images(6, seed=2), some_landmarks(6, seed=8), torch.tensor([4, 2, 0, 2, 4, 2])
@@ -788,12 +807,14 @@ def test_a_stored_dictionary_comes_back_for_the_network_that_made_it_and_no_othe
     for k, image in enumerate(some_images(3)):
         common.write_image(tmp_path / "album" / f"{k}.png", image)
     net, run = dmdnet.for_restoration(network(), "cpu", "float32"), {"run_id": "one", "step": 7}
-    assert person(net, tmp_path, run) is None
-    made = person(net, tmp_path, run, reference="album", save_dictionary="person.pt")
+    assert person(net, tmp_path, run) == (None, None)
+    made, faces = person(net, tmp_path, run, reference="album", save_dictionary="person.pt")
     assert len(made["scale1_nose"][0]) == 3
+    torch.testing.assert_close(faces / 127.5 - 1, some_images(3).clamp(-1, 1), atol=0.01, rtol=0)
     for weight in net.extract_specific.parameters():
         weight *= 1 + 1e-7
-    assert same(person(net, tmp_path, dict(run), dictionary="person.pt"), made)
+    again, stored = person(net, tmp_path, dict(run), dictionary="person.pt")
+    assert same(again, made) and torch.equal(stored, faces)
     torch.save({"script": "dmdnet", "net": {}}, tmp_path / "checkpoint.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     for file, state in (("person.pt", run | {"run_id": "two"}), ("person.pt", run | {"step": 9}),
