@@ -601,10 +601,10 @@ def paste_face(photo, crop, matrix, feather=0.1):
     inverse = invert_matrix(matrix)
     corners = torch.tensor([[0.0, 0.0], [size, 0.0], [0.0, size], [size, size]]) - 0.5
     corners = transform_points(corners, inverse)
-    last = torch.tensor([photo.shape[2], photo.shape[1]])
-    left, top = corners.amin(0).floor().long().clamp(min=0).minimum(last - 1).tolist()
-    right, bottom = (corners.amax(0).ceil().long() + 1).minimum(last).tolist()
-    right, bottom = max(right, left + 1), max(bottom, top + 1)
+    extent = torch.tensor([photo.shape[2], photo.shape[1]])
+    left, top = corners.amin(0).floor().long().clamp(min=0).minimum(extent - 1).tolist()
+    right, bottom = (corners.amax(0).ceil().long() + 1).minimum(extent).tolist()
+    right, bottom = max(right, left + 1), max(bottom, top + 1)         # at least a pixel of the photo
     inverse = inverse - torch.tensor([[0.0, 0.0, left], [0.0, 0.0, top]])
     alpha = warp_affine(cover[None], inverse, bottom - top, right - left)
     layer = warp_affine(crop, inverse, bottom - top, right - left, "border")
@@ -2923,8 +2923,8 @@ def restore_files(args, size, restore_crops, need_landmarks=False):
     `need_landmarks` the detector's. Existing results are skipped without --overwrite; a
     file that fails is named. Returns the number of failures. """
     files = _pictures(args.restore, "--restore", args.out)
-    folder = Path(args.restore) if len(files) > 1 or files[0] != Path(args.restore) else files[0].parent
-    results = _results(files, folder, args.out)
+    source = Path(args.restore)
+    results = _results(files, source if source.is_dir() else source.parent, args.out)
     originals = {file.resolve() for file in files}
     for result in results:
         if result.resolve() in originals:

@@ -194,6 +194,23 @@ def test_pasting_takes_the_colours_of_the_photo_over_the_seam():
     torch.testing.assert_close(change, torch.full((3,), 0.4), atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize("shift", [(-60, 0), (0, -45), (70, 60), (500, 0)])
+def test_a_face_at_the_border_or_beside_it_leaves_a_whole_picture(shift):
+    """Only its part inside is changed; far outside nothing is."""
+    photo = torch.zeros(3, 120, 140)
+    matrix = torch.tensor([[0.6, 0.0, -10.0], [0.0, 0.6, -5.0]])
+    matrix[:, 2] -= 0.6 * torch.tensor(shift)
+    bump = torch.zeros(3, 64, 64)
+    bump[:, 20:44, 20:44] = 0.5
+    pasted = common.paste_face(photo, bump, matrix)
+    assert pasted.shape == photo.shape and pasted.isfinite().all()
+    places = torch.stack(torch.meshgrid(torch.arange(140), torch.arange(120), indexing="xy"), -1).float()
+    inside = common.transform_points(places, matrix)
+    middle = ((inside > 22) & (inside < 41)).all(-1)
+    assert (pasted[:, middle] > 0.4).all()
+    assert pasted[:, ((inside < -1) | (inside > 64)).any(-1)].abs().max() == 0
+
+
 # ------------------------------------------------------------------------------------------- Folders
 
 @pytest.fixture
