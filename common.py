@@ -1096,8 +1096,10 @@ class _Undetected(torch.utils.data.Dataset):
 
 def _detect_ahead(files, device, workers):
     """Detect the faces of a folder in several processes, once for all ranks."""
+    if not files:
+        return
     with first():
-        if files and rank() == 0:
+        if rank() == 0:
             progress = Progress("looking for faces", len(files), quiet=len(files) < 100)
             loader = torch.utils.data.DataLoader(_Undetected(files, device), batch_size=None,
                                                  num_workers=_detecting(workers, device))

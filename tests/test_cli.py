@@ -58,10 +58,10 @@ common.Run.log = log_or_die
 KILLED_WHILE_SAVING = """
 import os, signal
 save = torch.save
-def half(state, path):
-    save(state, path)
+def half(state, file):
+    save(state, file)
     if state.get("step") == 4:
-        os.truncate(path, 5000)
+        os.truncate(file.name, 5000)
         os.kill(os.getpid(), signal.SIGKILL)
 torch.save = half
 """

@@ -3,11 +3,8 @@ import errno
 import importlib.util
 import math
 import os
-import resource
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DRIVER, SETTINGS, SHARED, TINY
 
 import common
 from common import InputError
@@ -339,38 +335,25 @@ def test_a_script_out_of_memory_ends_with_one_line(error, capsys, monkeypatch):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def limited(size):
-    """The process may write no file of more bytes: it fails as on a full disk, in the middle of a file."""
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    return limit
-
-
-def script(*arguments, changes="", **more):
-    command = [sys.executable, DRIVER, "dfdnet", f"tiny({SHARED}, {TINY['dfdnet']})\n{changes}", *arguments,
-               "--device", "cpu"]
-    return subprocess.Popen([str(word) for word in command], env=SETTINGS, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, **more)
-
-
 @pytest.mark.slow
-def test_a_full_disk_ends_a_training_in_a_line_and_leaves_the_last_checkpoint(face_folder, tmp_path):
-    """The first checkpoint fits the disk, the second, made larger, does not."""
-    grows = """
+def test_a_full_disk_ends_a_training_in_a_line_and_leaves_the_last_checkpoint(face_folder, run, tmp_path):
+    """The first checkpoint fits the disk. The second does not: no file may have more bytes than the first."""
+    planted = """
+import os, resource, signal
 save = common.Run.save
-def larger(run, step, *a):
+def full(run, step, *a):
     if step > 2:
-        run.parts["ballast"] = torch.zeros(4_000_000)
+        run.parts["ballast"] = torch.zeros(1_000_000)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        size = os.path.getsize(run.args.checkpoint)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     save(run, step, *a)
-common.Run.save = larger
+common.Run.save = full
 """
-    done = script("--train", "--data", face_folder, "--out", "run", changes=grows, cwd=tmp_path,
-                  preexec_fn=limited(40_000_000))
-    _, errors = done.communicate(timeout=200)
-    assert done.returncode == 2, errors
-    assert errors.startswith("dfdnet.py: ") and "checkpoint.pt: cannot be written (File too large)" in errors
-    assert errors.count("\n") == 1
+    done = run("dfdnet", "--train", "--data", face_folder, "--out", "run", cwd=tmp_path, changes=planted)
+    assert done.status == 2, done.stderr
+    line, = done.stderr.splitlines()
+    assert line.startswith("dfdnet.py: ") and "checkpoint.pt: cannot be written (File too large)" in line
     assert common.load_weights(tmp_path / "run" / "checkpoint.pt")["step"] == 2
     assert not [file.name for file in (tmp_path / "run").iterdir() if file.name.startswith(".")]
 
@@ -389,29 +372,32 @@ def test_a_full_disk_ends_a_folder_in_a_line_and_leaves_whole_pictures(album, tm
 
 
 @pytest.mark.slow
-def test_sigterm_and_a_second_process_in_the_folder(face_folder, tmp_path):
-    """A second training there is refused. SIGTERM ends the first; nothing half-written stays."""
-    slow = """
-import time
-log = common.Run.log
-def wait(*a):
-    time.sleep(0.5)
-    log(*a)
-common.Run.log = wait
+def test_sigterm_in_the_middle_of_writing_leaves_the_last_checkpoint_and_nothing_half_written(
+        face_folder, run, tmp_path):
+    planted = """
+import os, signal
+save = torch.save
+def stopped(state, file):
+    if state.get("step") == 4:
+        file.write(b"half")
+        os.kill(os.getpid(), signal.SIGTERM)
+    save(state, file)
+torch.save = stopped
 """
-    arguments = "--train", "--data", face_folder, "--out", tmp_path / "run", "--steps", 400
-    first = script(*arguments, changes=slow, cwd=tmp_path)
-    until = time.monotonic() + 100
-    while not (tmp_path / "run" / "checkpoint.pt").is_file() and time.monotonic() < until:
-        time.sleep(0.2)
-    second = script(*arguments, cwd=tmp_path)
-    _, errors = second.communicate(timeout=100)
-    assert second.returncode == 2 and "another process trains in it" in errors and errors.count("\n") == 1
-    first.send_signal(signal.SIGTERM)
-    _, errors = first.communicate(timeout=30)
-    assert first.returncode == 143 and "Traceback" not in errors
+    done = run("dfdnet", "--train", "--data", face_folder, "--out", "run", cwd=tmp_path, changes=planted)
+    assert done.status == 143 and "Traceback" not in done.stderr, done.stderr
     assert not [file.name for file in (tmp_path / "run").iterdir() if file.name.startswith(".")]
-    assert common.load_weights(tmp_path / "run" / "checkpoint.pt")["step"] >= 2
+    assert common.load_weights(tmp_path / "run" / "checkpoint.pt")["step"] == 2
+
+
+def test_a_second_training_in_a_folder_is_refused_and_leaves_it_as_it_is(face_folder, run, tmp_path):
+    with common._alone_in(tmp_path / "run"):
+        done = run("dfdnet", "--train", "--data", face_folder, "--out", "run", cwd=tmp_path)
+        assert done.status == 2 and not (tmp_path / "run").exists()
+        line, = done.stderr.splitlines()
+        assert "another process trains in it" in line
+    with common._alone_in(tmp_path / "run"):                              # free again
+        pass
 
 
 def test_two_processes_may_restore_into_one_folder(album, tmp_path):
