@@ -689,10 +689,11 @@ def _landmark_detector(device):
     def find(pixels):
         # It knows faces from 80 pixels on. A picture is enlarged so that smaller ones grow to that.
         height, width, _ = pixels.shape
-        factor = min(max(int(math.sqrt(_PIXELS_SEARCHED / (height * width))), 1), 3)
+        enlarged = int(math.sqrt(_PIXELS_SEARCHED / (height * width)))
+        factor = min(max(enlarged, 1), 3)
         if factor > 1:
             pixels = np.array(Image.fromarray(pixels).resize((factor * width, factor * height)))
-        boxes, _, _ = search.run(pixels, 0, -0.15)      # below its own threshold, 0: faces are blurred here
+        boxes, _, _ = search.run(pixels, 0, -0.15)     # not 0, its own threshold: faces are blurred here
         marks = [predict(pixels, box).parts() for box in boxes]
         return [np.array([((point.x + 0.5) / factor - 0.5, (point.y + 0.5) / factor - 0.5)
                           for point in face], np.float32) for face in marks]
@@ -2218,6 +2219,11 @@ class Progress:
         else:
             print(text, flush=True)
 
+    def clear(self):
+        """Make room for a line of somebody else's."""
+        if self.terminal and not self.quiet:
+            print("\r\033[K", end="", flush=True)
+
     def line(self, text):
         """Print a line that stays."""
         if not self.quiet:
@@ -2950,6 +2956,7 @@ def restore_files(args, size, restore_crops, need_landmarks=False):
             enough = sum(len(photo.crops) for photo in waiting) >= _RESTORED_AT_ONCE
             large = sum(photo.picture.numel() for photo in waiting) > 3 * _PIXELS_AT_ONCE
             if waiting and (enough or large or number == len(todo)):
+                progress.clear()                            # restore_crops may print
                 restored = _restore_waiting(waiting, restore_crops)
                 for job in writing:
                     job.result()                            # raises what went wrong there
@@ -2988,7 +2995,7 @@ class _Photos(torch.utils.data.Dataset):
 
     def __init__(self, todo, args, size, need_landmarks):
         self.todo = todo
-        self.args = args
+        self.args = SimpleNamespace(landmarks=args.landmarks, aligned=args.aligned, device=args.device)
         self.size = size
         self.need_landmarks = need_landmarks
 
