@@ -2307,6 +2307,8 @@ def arguments(doc, presets, variants):
         "--train, every row in turn, those finished left out, then the paper's table beside ours")
     add("--seeds", type=_whole_number(1), default=1, help="for --variant all: train every row with so "
         "many seeds (default 1)")
+    add("--degradation", choices=DEGRADATIONS, help="for --evaluate: degrade as this paper does (default: as "
+        "the script's own)")
     add("--resume", action="store_true", help="go on exactly where the last checkpoint stopped")
     add("--size", type=_whole_number(1), help="pixels, height = width")
     add("--steps", type=_whole_number(1), help="training steps")
@@ -2346,6 +2348,8 @@ def parse(parser, argv, script):
     args.prepared = False
     if args.resume and not args.train:
         raise InputError("--resume belongs to --train")
+    if args.degradation and (not args.evaluate or args.weights):
+        raise InputError("--degradation belongs to --evaluate of a trained network")
     if args.variant == "all" and (not args.train or args.resume or args.checkpoint):
         raise InputError("--variant all belongs to --train, without --resume or --checkpoint: it goes on "
                          "by itself where it was cut off")
@@ -2400,9 +2404,10 @@ def chosen_config(args, presets, variants):
 
 
 def recorded_config(args, kind):
-    """The Config of the checkpoint."""
+    """The Config of the checkpoint; with --degradation of another one."""
     try:
-        return kind(**args.state["config"])
+        cfg = kind(**args.state["config"])
+        return replace(cfg, degradation=args.degradation or cfg.degradation)
     except TypeError:
         raise InputError(f"{args.checkpoint}: of another version of this script; train it again") from None
 
@@ -2677,13 +2682,14 @@ def measure(batches, metrics, columns=None, fid=None):
 def report(run, table, pictures):
     """The end of a run: write result.json, faces.csv and the pictures, {file name:
     (3,H,W) or a Figure}; print the table {task: measure(…)} and what the folder holds.
-    Results on other --data carry that folder's name."""
+    Results on other --data carry that folder's name, those of --degradation its name."""
     if rank() > 0:
         return
     args = run.args
     other = args.data is not None and not args.train and not _own_faces(run.faces, args)
     data = args.data or (args.state or {"data": {"data": None}})["data"]["data"] or "rendered"
     end = f"-{Path(args.data).resolve().name}" if other else ""
+    end += f"-{args.degradation}" if args.degradation else ""
     written = [args.folder / f"faces{end}.csv", args.folder / f"result{end}.json"]
     _write_faces(written[0], {task: row["each"] for task, row in table.items()})
     table = {task: {name: part for name, part in row.items() if name != "each"}
@@ -2702,7 +2708,7 @@ def report(run, table, pictures):
                 picture.savefig(temporary, dpi=90)
     _print_table(table)
     files = sorted(file.name for file in args.folder.iterdir() if not file.name.startswith("."))
-    print(f"\n{args.folder}: {', '.join([path.name for path in written] if other else files)}")
+    print(f"\n{args.folder}: {', '.join([path.name for path in written] if end else files)}")
 
 
 def _write_faces(path, values):

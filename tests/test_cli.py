@@ -328,6 +328,29 @@ def test_evaluate_on_other_data_measures_all_faces_of_people_not_trained_on(trai
     assert set(common.TASKS) <= set(result["test"])
 
 
+@only("dfdnet")
+def test_evaluate_under_another_degradation_leaves_the_runs_own_result(trained, run, people, tmp_path):
+    """The inputs of two papers differ in quality; the files carry the degradation's name."""
+    folder = copy_run(trained, tmp_path / "run")
+    before = snapshot(folder)
+    done = run("dfdnet", "--evaluate", "--degradation", "gfrnet", "--out", folder, cwd=tmp_path)
+    assert done.status == 0, done.stderr
+    after = snapshot(folder)
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) >= {"result-gfrnet.json", "faces-gfrnet.csv", "samples-gfrnet.png"}
+    own, other = (read_json(folder / name) for name in ("result.json", "result-gfrnet.json"))
+    faces = common.FaceFolder(people, 64)
+    test = common.spread(common.split_identities(faces)[2], 3)
+    target = common.stack_faces(faces, test)[0]
+    expected = common.degrade(target, common.DEGRADATIONS["gfrnet"], common.seeded(0, 4, 4, 0), 4)
+    psnr = common.psnr(expected, target).mean().item()
+    assert other["test"]["x4"]["input"]["psnr"] == pytest.approx(psnr, abs=1e-3)
+    assert abs(own["test"]["x4"]["input"]["psnr"] - psnr) > 0.05
+    for refused in (["--train"], ["--restore", "x.png"]):
+        done = run("dfdnet", *refused, "--degradation", "gfrnet", "--out", folder, cwd=tmp_path)
+        assert_refused(done, "dfdnet", "--degradation belongs to --evaluate")
+
+
 # Restoring
 
 def test_restore_writes_a_photo_with_sidecar_landmarks_and_check_draws_them(trained, run, photos, tmp_path):

@@ -860,7 +860,7 @@ def test_a_dictionary_that_fits_is_used_again_and_one_that_does_not_is_made_anew
 
 
 def restored_by(checkpoint):
-    args = SimpleNamespace(checkpoint=checkpoint, device=torch.device("cpu"))
+    args = SimpleNamespace(checkpoint=checkpoint, device=torch.device("cpu"), degradation=None)
     args.state = common.load_checkpoint(checkpoint, "dfdnet")
     net, cfg = dfdnet.load_network(args)
     return dfdnet.restore(net, uniform(2, 3, 64, 64, seed=4), some_landmarks(2), precision="float32"), cfg

@@ -788,7 +788,7 @@ def test_stage_1_restores_nothing(whole, tmp_path):
 @pytest.mark.parametrize("variant", ["exp1", "exp4", "recognition-dictionary"])
 def test_a_variant_trains_and_is_loaded_again(variant, train, tmp_path):
     state = train("--variant", variant, steps=2)["checkpoint.pt"]
-    args = SimpleNamespace(state=state, device="cpu", checkpoint=tmp_path)
+    args = SimpleNamespace(state=state, device="cpu", checkpoint=tmp_path, degradation=None)
     net, cfg = rf.load_network(args)
     assert cfg.variant == variant and cfg.fusion == rf.VARIANTS[variant].get("fusion", "mhca")
     assert same({"net": net.state_dict()}, state, "net")
