@@ -771,19 +771,23 @@ def samples(net, faces, indices, cfg, precision="auto"):
     """samples.png: six held-out faces at ×4; attention.png: where they use the guide."""
     six = common.spread(indices, 6)
     batch = next(restored_batches(net, faces, six, cfg, 4, precision=precision))
-
-    def align(one):
-        return net.align(batch["guide"][one], batch["landmarks"][one],
-                         batch["guide_landmarks"][one], 1)
-
-    # One by one: at full size Eq. (5) has 68 weights a pixel.
-    batch["aligned guide"] = common.in_batches(align, len(six), 1)
+    batch["aligned guide"] = aligned_guides(net, batch["landmarks"], batch["guide"],
+                                            batch["guide_landmarks"])
     names = ("degraded", "guide", "aligned guide", "restored", "target")
     columns = {name: batch[name] for name in names}
     pictures = {"samples.png": common.comparison_grid(columns)}
     if net.attention:
         pictures["attention.png"] = draw_attention(net.attention, batch)
     return pictures
+
+
+def aligned_guides(net, landmarks, guides, guide_landmarks):
+    """The guides (N,3,size,size) themselves, moved as their features are, Eq. (5), (6)."""
+    def align(one):
+        return net.align(guides[one], landmarks[one], guide_landmarks[one], 1)
+
+    # One by one: at full size Eq. (5) has 68 weights a pixel.
+    return common.in_batches(align, len(guides), 1)
 
 
 def draw_attention(attention, batch):
@@ -833,14 +837,14 @@ def restore(net, degraded, landmarks, exemplars, exemplar_landmarks, batch=8,
 def guidance(net, degraded, landmarks, guides, guide_landmarks, precision="auto"):
     """For --check: the guide of each face, as it was aligned, and where the last block
     trusts it, F^m (white: most)."""
-    aligned, masks = [], []
+    masks = []
     for face in range(len(degraded)):                 # net.attention is of one call alone
         one = slice(face, face + 1)
         restore(net, degraded[one], landmarks[one], guides[one, None],
                 guide_landmarks[one, None], precision=precision)
-        aligned.append(net.align(guides[one], landmarks[one], guide_landmarks[one], 1))
         masks += [mask.float().mean(1, keepdim=True).cpu() for mask in net.attention[-1:]]
-    shown = {"guide": guides, "aligned guide": torch.cat(aligned)}
+    aligned = aligned_guides(net, landmarks, guides, guide_landmarks)
+    shown = {"guide": guides, "aligned guide": aligned}
     if masks:
         mask = F.interpolate(torch.cat(masks), degraded.shape[2:])
         shown["trusted"] = 2 * mask.expand(-1, 3, -1, -1) - 1

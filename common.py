@@ -18,6 +18,7 @@ pixels; (0,0) is the centre of the top-left pixel. Everything random takes a see
 generator and repeats exactly.
 """
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -594,9 +595,9 @@ def paste_face(photo, crop, matrix, feather=0.1):
     cover = (ramp[:, None] * ramp).to(crop)
 
     border = cover * (1 - cover)
-    spread_out = gaussian_matrix(size / 6, size).to(crop)
+    blurring = gaussian_matrix(size / 6, size).to(crop)
     difference = border * (warp_affine(photo, matrix, size, size, "border") - crop)
-    crop = crop + (spread_out @ difference @ spread_out.T) / (spread_out @ border @ spread_out.T)
+    crop = crop + (blurring @ difference @ blurring.T) / (blurring @ border @ blurring.T)
 
     inverse = invert_matrix(matrix)
     corners = torch.tensor([[0.0, 0.0], [size, 0.0], [0.0, size], [size, size]]) - 0.5
@@ -2981,7 +2982,8 @@ def restore_files(args, size, restore_crops, need_landmarks=False):
 def _results(files, folder, out):
     """Where each file's result goes; a.jpg and a.png of one folder both get one."""
     names = [file.relative_to(folder).with_suffix("") for file in files]
-    return [out / (f"{name}.png" if names.count(name) == 1 else f"{file.relative_to(folder)}.png")
+    times = collections.Counter(names)
+    return [out / (f"{name}.png" if times[name] == 1 else f"{file.relative_to(folder)}.png")
             for name, file in zip(names, files)]
 
 
@@ -3078,18 +3080,20 @@ def read_references(source, size, args, need_landmarks=False):
 
 
 def _pictures(source, option, out=None):
-    """The picture files a command line names: one, or those of a folder and the folders in
-    it, sorted; without those of the folder `out` that lies in it."""
+    """The picture files a command line names: one, or those of a folder, sorted. With
+    `out`, where results go, also those of the folders in it, but for `out` itself."""
     source = Path(source)
     if not source.exists():
         raise InputError(f"{source}: no such file or folder; "
                          f"{option} wants a picture or a folder of pictures")
     if source.is_file():
         return [source]
-    files = sorted(file for file in source.rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES
+    found = source.glob("*") if out is None else source.rglob("*")
+    files = sorted(file for file in found if file.suffix.lower() in _IMAGE_SUFFIXES
                    and not file.name.startswith("."))
     if out is not None and out.resolve() != source.resolve():
-        files = [file for file in files if out.resolve() not in file.resolve().parents]
+        results = out.resolve()
+        files = [file for file in files if results not in file.resolve().parents]
     if not files:
         raise InputError(f"{source}: no pictures in it")
     return files

@@ -242,6 +242,12 @@ def test_a_folder_keeps_its_shape_and_is_restored_in_batches(album, tmp_path, wo
     torch.testing.assert_close(one, common.read_image(tmp_path / "out" / "two" / "d.png"), atol=0.01, rtol=0)
 
 
+def test_references_are_those_of_the_folder_alone_not_of_other_folders_in_it(album):
+    """Folders in it may be of other people."""
+    _, _, used = common.read_references(album, 32, options(album, album))
+    assert [file.name for file in used] == ["a.png", "b.png"]
+
+
 def test_results_inside_the_folder_are_not_restored_again(album, capsys):
     for skipped in (0, 7):
         assert common.restore_files(options(album, album / "restored"), 32, Brighter()) == 0
