@@ -853,7 +853,7 @@ def guidance(net, degraded, landmarks, guides, guide_landmarks, precision="auto"
 
 def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto",
                      noise=0.0, mistaken=False):
-    """Held-out faces in batches, by name, degraded by (seed, scale, place) alone.
+    """Held-out faces in batches, by name ("faces": their indices).
 
     noise: σ in pixels of the error of the degraded faces' landmarks; mistaken: the
     exemplars are somebody else's.
@@ -869,15 +869,15 @@ def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto"
         target, landmarks = images[:, 0].contiguous(), points[:, 0]
         if mistaken:
             images, points = groups(common.stranger(faces, indices, i) for i in some)
-        generator = common.seeded(cfg.seed, 4, scale or 0, start)
         degradation = common.DEGRADATIONS[cfg.degradation]
-        degraded = common.degrade(target, degradation, generator, scale)
+        degraded = common.degrade_each(target, degradation, scale, cfg.seed, some)
+        generator = common.seeded(cfg.seed, 4, scale or 0, start)
         landmarks = with_noise(landmarks, noise, generator)
         sets = images[:, 1:], points[:, 1:]
         restored, chosen = restore(net, degraded, landmarks, *sets, batch, precision)
         guide, guide_landmarks = pick(chosen, *sets)
-        yield {"degraded": degraded, "guide": guide, "restored": restored,
-               "target": target, "landmarks": landmarks,
+        yield {"faces": some, "degraded": degraded, "guide": guide,
+               "restored": restored, "target": target, "landmarks": landmarks,
                "guide_landmarks": guide_landmarks}
 
 

@@ -68,7 +68,7 @@ __all__ = [       # what scripts, notebooks and README use; a rename is a decisi
     "Recogniser", "RenderedFaces", "Run", "TASKS", "VGG", "add_fid", "align_face",
     "angular_margin_loss", "arguments", "augment", "autocast", "blur",
     "channels_last", "check_size", "chosen_config", "comparison_grid",
-    "component_boxes", "degrade", "detail", "detect_landmarks", "draw_landmarks",
+    "component_boxes", "degrade", "degrade_each", "detail", "detect_landmarks", "draw_landmarks",
     "face_matrix", "first", "five_points", "for_inference", "frechet_distance",
     "gaussian_matrix", "identity_distance", "in_batches", "inference",
     "invert_matrix", "jpeg", "judge", "keep_freed_memory", "landmark_heatmaps",
@@ -401,6 +401,13 @@ def degrade(target, degradation, generator=None, scale=None):
         columns = _resampling(w, width, mode, device)
         degraded.append(rows @ small.float() @ columns.T)
     return torch.stack(degraded).round().clamp(0, 255) / 127.5 - 1
+
+
+def degrade_each(target, degradation, scale, seed, indices):
+    """`degrade` for a test: what a face draws follows from (seed, scale, its index)
+    alone, so that all scripts measure the same inputs: (B,3,H,W) → the same."""
+    return torch.cat([degrade(face[None], degradation, seeded(seed, 4, scale or 0, index), scale)
+                      for face, index in zip(target, indices)])
 
 
 def _resampling(before, after, mode, device, sigma=0.0):
@@ -2652,15 +2659,18 @@ def load_fid(args):
 @torch.inference_mode()
 def measure(batches, metrics, columns=None, fid=None):
     """One task's table: means over all faces, the mean paired gain in PSNR with its 95 %
-    interval, and under "each" the values of every face.
+    interval; under "indices" and "each" which faces, and the values of every face.
 
-    batches: dicts with "degraded", "restored", "target" (B,3,H,W); columns: {name in
-    the table: name in the batch}, in the first place the input, then the restored face.
+    batches: dicts with "faces" (indices), "degraded", "restored", "target" (B,3,H,W);
+    columns: {name in the table: name in the batch}, in the first place the input, then
+    the restored face.
     """
     columns = columns or {"input": "degraded", "restored": "restored"}
     values = {name: {metric: [] for metric in metrics} for name in columns}
     seen = {name: [] for name in (*columns, "target")}
+    indices = []
     for batch in batches:
+        indices += batch["faces"]
         for name, key in columns.items():
             for metric, function in metrics.items():
                 values[name][metric].append(function(batch[key], batch["target"]))
@@ -2677,7 +2687,8 @@ def measure(batches, metrics, columns=None, fid=None):
             table[name]["fid"] = frechet_distance(torch.cat(seen[name]), reference)
     before, after = list(values.values())[:2]
     return {"faces": len(after["psnr"]), **table,
-            "paired_psnr_gain": paired_gain(after["psnr"], before["psnr"]), "each": values}
+            "paired_psnr_gain": paired_gain(after["psnr"], before["psnr"]), "indices": indices,
+            "each": values}
 
 
 def report(run, table, pictures):
@@ -2692,8 +2703,8 @@ def report(run, table, pictures):
     end = f"-{Path(args.data).resolve().name}" if other else ""
     end += f"-{args.degradation}" if args.degradation else ""
     written = [args.folder / f"faces{end}.csv", args.folder / f"result{end}.json"]
-    _write_faces(written[0], {task: row["each"] for task, row in table.items()})
-    table = {task: {name: part for name, part in row.items() if name != "each"}
+    _write_faces(written[0], table)
+    table = {task: {name: part for name, part in row.items() if name not in ("indices", "each")}
              for task, row in table.items()}
     _write_json(written[1], {
         "script": run.script, "variant": run.cfg.variant, "preset": run.cfg.preset, "data": str(data),
@@ -2712,15 +2723,16 @@ def report(run, table, pictures):
     print(f"\n{args.folder}: {', '.join([path.name for path in written] if end else files)}")
 
 
-def _write_faces(path, values):
-    """faces.csv: a line a task, column and face, from {task: {column: {metric: (N,)}}}."""
+def _write_faces(path, table):
+    """faces.csv: a line a task, column and face, from {task: measure(…)}; `face` is the
+    face's index in the data."""
     with _replacing(path) as temporary, open(temporary, "w", newline="") as file:
         lines = csv.writer(file)
-        for task, columns in values.items():
-            for column, metrics in columns.items():
+        for task, row in table.items():
+            for column, metrics in row["each"].items():
                 if file.tell() == 0:
                     lines.writerow(["task", "column", "face", *metrics])
-                for face, numbers in enumerate(torch.stack(list(metrics.values()), 1).tolist()):
+                for face, numbers in zip(row["indices"], torch.stack(list(metrics.values()), 1).tolist()):
                     lines.writerow([task, column, face, *(round(number, 5) for number in numbers)])
 
 

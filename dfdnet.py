@@ -760,15 +760,16 @@ def restore(net, degraded, landmarks, batch=8, precision="auto"):
 
 
 def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto"):
-    """Held-out faces in batches, {"degraded", "restored", "target"}, degraded by (seed,
-    scale, place) alone."""
+    """Held-out faces in batches, {"faces" (their indices), "degraded", "restored",
+    "target"}."""
     for start in range(0, len(indices), batch):
-        target, landmarks = common.stack_faces(faces, indices[start:start + batch])
-        generator = common.seeded(cfg.seed, 4, scale or 0, start)
+        some = indices[start:start + batch]
+        target, landmarks = common.stack_faces(faces, some)
         degradation = common.DEGRADATIONS[cfg.degradation]
-        degraded = common.degrade(target, degradation, generator, scale)
+        degraded = common.degrade_each(target, degradation, scale, cfg.seed, some)
         restored = restore(net, degraded, landmarks, batch, precision)
-        yield {"degraded": degraded, "restored": restored, "target": target}
+        yield {"faces": some, "degraded": degraded, "restored": restored,
+               "target": target}
 
 
 def evaluate(net, faces, indices, cfg, args):

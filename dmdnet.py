@@ -1100,9 +1100,9 @@ def restore(net, degraded, landmarks, specific=None, owner=None, batch=8,
 
 def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto",
                      mistaken=False):
-    """Held-out faces in batches, {"degraded", "restored", "target"} and their references
-    (M,3,H,W) with owner (M,), degraded by (seed, scale, place) alone; `mistaken`: the
-    references are somebody else's."""
+    """Held-out faces in batches, {"faces" (their indices), "degraded", "restored",
+    "target"} and their references (M,3,H,W) with owner (M,); `mistaken`: the references
+    are somebody else's."""
     def people_of(some):
         return [with_references(faces, i, cfg.references, common.seeded(cfg.seed, 5, i))
                 for i in some]
@@ -1121,12 +1121,11 @@ def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto"
         if len(references):
             points = torch.cat([points[1:] for _, points in people])
             specific = specific_dictionary(net, references, points, batch, precision)
-        generator = common.seeded(cfg.seed, 4, scale or 0, start)
         degradation = common.DEGRADATIONS[cfg.degradation]
-        degraded = common.degrade(target, degradation, generator, scale)
+        degraded = common.degrade_each(target, degradation, scale, cfg.seed, some)
         restored = restore(net, degraded, landmarks, specific, owner, batch, precision)
-        yield {"degraded": degraded, "restored": restored, "target": target,
-               "references": references, "owner": owner}
+        yield {"faces": some, "degraded": degraded, "restored": restored,
+               "target": target, "references": references, "owner": owner}
 
 
 def evaluate(net, faces, indices, cfg, args):

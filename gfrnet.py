@@ -656,20 +656,20 @@ def restore(net, degraded, guides, batch=8, precision="auto"):
 
 
 def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto"):
-    """Held-out faces in batches, a dict of all that belongs to them; degraded by (seed,
-    scale, place) alone."""
+    """Held-out faces in batches, a dict of all that belongs to them ("faces": their
+    indices)."""
     guides = choose_guides(faces, indices)
     targets = list(guides)
     for start in range(0, len(targets), batch):
+        some = targets[start:start + batch]
         pairs = [load_pair(faces, i, guides, cfg, common.seeded(cfg.seed, 5, i))
-                 for i in targets[start:start + batch]]
+                 for i in some]
         target, guide = torch.stack([images for images, _ in pairs], 1)
         landmarks, guide_landmarks = torch.stack([points for _, points in pairs], 1)
-        generator = common.seeded(cfg.seed, 4, scale or 0, start)
         degradation = common.DEGRADATIONS[cfg.degradation]
-        degraded = common.degrade(target, degradation, generator, scale)
+        degraded = common.degrade_each(target, degradation, scale, cfg.seed, some)
         restored, warped, flow = restore(net, degraded, guide, batch, precision)
-        yield {"degraded": degraded, "guide": guide, "warped": warped, "flow": flow,
+        yield {"faces": some, "degraded": degraded, "guide": guide, "warped": warped, "flow": flow,
                "restored": restored, "target": target, "landmarks": landmarks,
                "guide_landmarks": guide_landmarks}
 

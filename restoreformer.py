@@ -916,20 +916,18 @@ def restore(net, degraded, landmarks=None, batch=8, precision="auto"):
 
 def restored_batches(net, faces, indices, cfg, scale, stage=2, batch=16,
                      precision="auto"):
-    """Held-out faces in batches, {"degraded", "restored", "target", "landmarks"}.
-
-    Degraded by (seed, scale, place) alone; in stage 1 not at all.
-    """
+    """Held-out faces in batches, {"faces" (their indices), "degraded", "restored",
+    "target", "landmarks"}; in stage 1 they are not degraded."""
     for start in range(0, len(indices), batch):
-        target, landmarks = common.stack_faces(faces, indices[start:start + batch])
+        some = indices[start:start + batch]
+        target, landmarks = common.stack_faces(faces, some)
         degraded = target
         if stage == 2:
-            generator = common.seeded(cfg.seed, 4, scale or 0, start)
             degradation = common.DEGRADATIONS[cfg.degradation]
-            degraded = common.degrade(target, degradation, generator, scale)
+            degraded = common.degrade_each(target, degradation, scale, cfg.seed, some)
         restored = restore(net, degraded, landmarks, batch, precision)
-        yield {"degraded": degraded, "restored": restored, "target": target,
-               "landmarks": landmarks}
+        yield {"faces": some, "degraded": degraded, "restored": restored,
+               "target": target, "landmarks": landmarks}
 
 
 @torch.inference_mode()

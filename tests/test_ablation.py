@@ -64,6 +64,8 @@ def write_faces(folder, values):
         table.setdefault(task, {"restored": {}})["restored"][metric] = torch.tensor(numbers)
     for columns in table.values():
         columns["input"] = {metric: 0 * numbers for metric, numbers in columns["restored"].items()}
+    table = {task: {"indices": range(len(columns["restored"]["psnr"])), "each": columns}
+             for task, columns in table.items()}
     common._write_faces(folder / "faces.csv", table)
 
 

@@ -319,6 +319,15 @@ def test_degrade_repeats_for_a_seed_stays_in_range_and_in_8_bits(paper):
     assert (one - target).abs().mean() > 0.005
 
 
+def test_degrade_each_draws_for_a_face_by_its_index_whatever_stands_beside_it():
+    model = common.DEGRADATIONS["dfdnet"]
+    both = common.degrade_each(photos(2), model, 4, 0, [7, 3])
+    assert torch.equal(both[1:], common.degrade_each(photos(2)[1:], model, 4, 0, [3]))
+    same = common.degrade_each(photos(1).expand(2, -1, -1, -1), model, 4, 0, [7, 3])
+    assert not torch.equal(same[0], same[1])
+    assert not torch.equal(both, common.degrade_each(photos(2), model, 4, 1, [7, 3]))        # another seed
+
+
 def correlation(x, y):
     return np.corrcoef(x.flatten(), y.flatten())[0, 1]
 

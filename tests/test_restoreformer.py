@@ -592,7 +592,7 @@ def test_restarts_end_when_four_fifths_of_stage_1_are_done():
 def run(patch, folder, data, *options, **changes):
     """--train a network of SMALL with changes, small ones for the frozen → {file: checkpoint}."""
     table = {"x4": {"faces": 1, "input": {"psnr": 0.0}, "restored": {"psnr": 0.0},
-                    "paired_psnr_gain": {"mean": 0.0, "ci95": [0.0, 0.0]}, "each": {}}}
+                    "paired_psnr_gain": {"mean": 0.0, "ci95": [0.0, 0.0]}, "indices": [], "each": {}}}
     patch.setattr(common, "load_encoder", lambda *_: recogniser())
     patch.setattr(common, "recogniser", lambda *_, **__: recogniser())
     patch.setattr(common, "_write_log", lambda *_: None)
