@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EQUATIONS = {"01_gfrnet": 12, "02_asffnet": 18, "03_dfdnet": 11, "04_dmdnet": 19, "05_restoreformer": 19}
-NOTEBOOKS = ("00_common", *EQUATIONS)
+NOTEBOOKS = ("00_common", *EQUATIONS, "06_comparison")
 
 
 def cells(name, kind):
