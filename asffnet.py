@@ -876,7 +876,7 @@ def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto"
         sets = images[:, 1:], points[:, 1:]
         restored, chosen = restore(net, degraded, landmarks, *sets, batch, precision)
         guide, guide_landmarks = pick(chosen, *sets)
-        yield {"faces": some, "degraded": degraded, "guide": guide,
+        yield {"faces": torch.tensor(some), "degraded": degraded, "guide": guide,
                "restored": restored, "target": target, "landmarks": landmarks,
                "guide_landmarks": guide_landmarks}
 

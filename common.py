@@ -2661,7 +2661,7 @@ def measure(batches, metrics, columns=None, fid=None):
     """One task's table: means over all faces, the mean paired gain in PSNR with its 95 %
     interval; under "indices" and "each" which faces, and the values of every face.
 
-    batches: dicts with "faces" (indices), "degraded", "restored", "target" (B,3,H,W);
+    batches: dicts with "faces" (indices, (B,)), "degraded", "restored", "target" (B,3,H,W);
     columns: {name in the table: name in the batch}, in the first place the input, then
     the restored face.
     """
@@ -2670,7 +2670,7 @@ def measure(batches, metrics, columns=None, fid=None):
     seen = {name: [] for name in (*columns, "target")}
     indices = []
     for batch in batches:
-        indices += batch["faces"]
+        indices += batch["faces"].tolist()
         for name, key in columns.items():
             for metric, function in metrics.items():
                 values[name][metric].append(function(batch[key], batch["target"]))

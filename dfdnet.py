@@ -768,7 +768,7 @@ def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto"
         degradation = common.DEGRADATIONS[cfg.degradation]
         degraded = common.degrade_each(target, degradation, scale, cfg.seed, some)
         restored = restore(net, degraded, landmarks, batch, precision)
-        yield {"faces": some, "degraded": degraded, "restored": restored,
+        yield {"faces": torch.tensor(some), "degraded": degraded, "restored": restored,
                "target": target}
 
 

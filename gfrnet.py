@@ -669,9 +669,9 @@ def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto"
         degradation = common.DEGRADATIONS[cfg.degradation]
         degraded = common.degrade_each(target, degradation, scale, cfg.seed, some)
         restored, warped, flow = restore(net, degraded, guide, batch, precision)
-        yield {"faces": some, "degraded": degraded, "guide": guide, "warped": warped, "flow": flow,
-               "restored": restored, "target": target, "landmarks": landmarks,
-               "guide_landmarks": guide_landmarks}
+        yield {"faces": torch.tensor(some), "degraded": degraded, "guide": guide,
+               "warped": warped, "flow": flow, "restored": restored, "target": target,
+               "landmarks": landmarks, "guide_landmarks": guide_landmarks}
 
 
 def landmark_error(flow, landmarks, guide_landmarks):

@@ -926,7 +926,7 @@ def restored_batches(net, faces, indices, cfg, scale, stage=2, batch=16,
             degradation = common.DEGRADATIONS[cfg.degradation]
             degraded = common.degrade_each(target, degradation, scale, cfg.seed, some)
         restored = restore(net, degraded, landmarks, batch, precision)
-        yield {"faces": some, "degraded": degraded, "restored": restored,
+        yield {"faces": torch.tensor(some), "degraded": degraded, "restored": restored,
                "target": target, "landmarks": landmarks}
 
 
