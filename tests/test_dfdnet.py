@@ -916,8 +916,8 @@ def test_a_short_training_improves_held_out_faces(face_folder, tmp_path, monkeyp
     monkeypatch.setattr(common, "split_identities", split_for_learning)
     monkeypatch.setattr(common, "load_encoder", lambda *_: some_encoder())
     monkeypatch.setattr(common, "metrics", lambda faces, args: {"psnr": common.psnr})
-    monkeypatch.setattr(common, "TASKS", {"x4": 4, "x8": 8})
-    cfg = replace(TINY, entries=16, batch=8, steps=50, validate_every=50)
+    monkeypatch.setattr(common, "TASKS", {"x6": 6, "x8": 8})
+    cfg = replace(TINY, entries=16, batch=8, steps=60, validate_every=60)
     train(monkeypatch, cfg, face_folder, tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     for task in result["test"].values():

@@ -962,8 +962,8 @@ def test_a_short_training_improves_held_out_faces(face_folder, tmp_path, monkeyp
     monkeypatch.setattr(common, "load_encoder", lambda *_: some_encoder())
     monkeypatch.setattr(common, "metrics", lambda faces, args: {"psnr": common.psnr})
     monkeypatch.setattr(common, "TASKS", {"x4": 4, "x8": 8})
-    cfg = replace(gfrnet.TINY, size=64, width=8, discriminator_width=4, warp_share=0.15, steps=70)
-    train(monkeypatch, replace(cfg, validate_every=70), face_folder, tmp_path)
+    cfg = replace(gfrnet.TINY, size=64, width=8, discriminator_width=4, warp_share=0.15, steps=120)
+    train(monkeypatch, replace(cfg, validate_every=120), face_folder, tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     for task in result["test"].values():
         assert task["faces"] == 28  # four targets each
