@@ -68,19 +68,20 @@ __all__ = [       # what scripts, notebooks and README use; a rename is a decisi
     "Recogniser", "RenderedFaces", "Run", "TASKS", "VGG", "add_fid", "align_face",
     "angular_margin_loss", "arguments", "augment", "autocast", "blur",
     "channels_last", "check_size", "chosen_config", "comparison_grid",
-    "component_boxes", "degrade", "degrade_each", "detail", "detect_landmarks", "draw_landmarks",
-    "face_matrix", "first", "five_points", "for_inference", "frechet_distance",
-    "gaussian_matrix", "identity_distance", "in_batches", "inference",
-    "invert_matrix", "jpeg", "judge", "keep_freed_memory", "landmark_heatmaps",
-    "landmark_mask", "load_checkpoint", "load_encoder", "load_faces", "load_fid",
-    "load_named", "load_part", "load_weights", "mean_landmarks", "measure", "metrics",
-    "motion_kernels", "pack", "paired_gain", "parallel", "parse", "paste_face",
-    "planned_runs", "psnr", "rank", "read_image", "read_landmarks", "read_published",
-    "read_references", "recogniser", "recorded_config", "renamed", "report",
-    "restore_files", "run_script", "save_checkpoint", "seeded", "set_rate", "show",
-    "similarity", "split_identities", "spread", "ssim", "stack_faces", "stack_person",
-    "stranger", "test_faces", "to_uint8", "transform_points", "unpack", "warp_affine", "world",
-    "write_image", "write_landmarks"]
+    "component_boxes", "degrade", "degrade_each", "detail", "detect_landmarks",
+    "draw_landmarks", "face_matrix", "first", "five_points", "for_inference",
+    "frechet_distance", "gaussian_matrix", "identity_distance", "in_batches",
+    "inference", "invert_matrix", "jpeg", "judge", "keep_freed_memory",
+    "landmark_heatmaps", "landmark_mask", "load_checkpoint", "load_encoder",
+    "load_faces", "load_fid", "load_named", "load_part", "load_weights",
+    "mean_landmarks", "measure", "metrics", "motion_kernels", "pack", "paired_gain",
+    "parallel", "parse", "paste_face", "planned_runs", "psnr", "rank", "read_image",
+    "read_landmarks", "read_published", "read_references", "recogniser",
+    "recorded_config", "renamed", "report", "restore_files", "run_script",
+    "save_checkpoint", "seeded", "set_rate", "show", "similarity", "split_identities",
+    "spread", "ssim", "stack_faces", "stack_person", "stranger", "test_faces",
+    "to_uint8", "transform_points", "unpack", "warp_affine", "world", "write_image",
+    "write_landmarks"]
 
 _CACHE = Path(os.environ.get("FACE_RESTORATION_CACHE", "~/.cache/face-restoration")).expanduser()
 _PIXELS_SEARCHED = 8_000_000     # up to so many a smaller picture is enlarged, up to 3 times, for dlib
@@ -2661,9 +2662,9 @@ def measure(batches, metrics, columns=None, fid=None):
     """One task's table: means over all faces, the mean paired gain in PSNR with its 95 %
     interval; under "indices" and "each" which faces, and the values of every face.
 
-    batches: dicts with "faces" (indices, (B,)), "degraded", "restored", "target" (B,3,H,W);
-    columns: {name in the table: name in the batch}, in the first place the input, then
-    the restored face.
+    batches: dicts with "faces", their indices (B,), and "degraded", "restored", "target"
+    (B,3,H,W); columns: {name in the table: name in the batch}, in the first place the
+    input, then the restored face.
     """
     columns = columns or {"input": "degraded", "restored": "restored"}
     values = {name: {metric: [] for metric in metrics} for name in columns}
