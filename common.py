@@ -84,10 +84,11 @@ __all__ = [       # what scripts, notebooks and README use; a rename is a decisi
     "write_landmarks"]
 
 _CACHE = Path(os.environ.get("FACE_RESTORATION_CACHE", "~/.cache/face-restoration")).expanduser()
-_PIXELS_SEARCHED = 8_000_000     # up to so many a smaller picture is enlarged, up to 3 times, for dlib
+_PIXELS_SEARCHED = 8_000_000            # dlib gets a picture up to 3 times as large, up to this
 _RESTORED_AT_ONCE = 16           # faces
 _PIXELS_AT_ONCE = 20_000_000     # of the photos that wait for their faces
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
+_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif",
+                   ".tiff", ".ppm", ".pgm", ".gif"}
 
 
 class InputError(Exception):
@@ -613,7 +614,7 @@ def paste_face(photo, crop, matrix, feather=0.1):
     extent = torch.tensor([photo.shape[2], photo.shape[1]])
     left, top = corners.amin(0).floor().long().clamp(min=0).minimum(extent - 1).tolist()
     right, bottom = (corners.amax(0).ceil().long() + 1).minimum(extent).tolist()
-    right, bottom = max(right, left + 1), max(bottom, top + 1)         # at least a pixel of the photo
+    right, bottom = max(right, left + 1), max(bottom, top + 1)  # at least a pixel of the photo
     inverse = inverse - torch.tensor([[0.0, 0.0, left], [0.0, 0.0, top]])
     alpha = warp_affine(cover[None], inverse, bottom - top, right - left)
     layer = warp_affine(crop, inverse, bottom - top, right - left, "border")
@@ -688,7 +689,7 @@ def _landmark_detector(device):
         return detector.get_landmarks_from_image
 
     import dlib
-    models = importlib.util.find_spec("face_recognition_models")     # its __init__ wants setuptools
+    models = importlib.util.find_spec("face_recognition_models")  # its __init__ wants setuptools
     if models is None:
         raise ImportError
     file = Path(models.origin).parent / "models" / "shape_predictor_68_face_landmarks.dat"
@@ -702,7 +703,8 @@ def _landmark_detector(device):
         factor = min(max(enlarged, 1), 3)
         if factor > 1:
             pixels = np.array(Image.fromarray(pixels).resize((factor * width, factor * height)))
-        boxes, _, _ = search.run(pixels, 0, -0.15)     # not 0, its own threshold: faces are blurred here
+        # not 0, its own threshold: faces are blurred here
+        boxes, _, _ = search.run(pixels, 0, -0.15)
         marks = [predict(pixels, box).parts() for box in boxes]
         return [np.array([((point.x + 0.5) / factor - 0.5, (point.y + 0.5) / factor - 0.5)
                           for point in face], np.float32) for face in marks]
@@ -722,13 +724,14 @@ def detect_landmarks(image, device="cpu", name="this picture", aligned=False):
     InputError if none is, or if it finds no face. `aligned`: the image is an aligned crop
     already, so the message does not propose one.
     """
-    crop = "" if aligned else "or pass an aligned crop with --aligned, "
+    crop = "" if aligned else "pass an aligned crop with --aligned, or "
     try:
         detector = _landmark_detector(str(device))
     except ImportError:
-        raise InputError(f"{name}: its landmarks are unknown; give a file {name}.txt of 68 lines `x y`, "
-                         f"{crop}or `pip install dlib-bin face_recognition_models`, "
-                         "or `pip install face-alignment`") from None
+        raise InputError(
+            f"{name}: its landmarks are unknown; {crop}give a file {name}.txt of 68 lines "
+            "`x y`, or `pip install dlib-bin face_recognition_models`, or `pip install "
+            "face-alignment`") from None
     found = detector(to_uint8(image).permute(1, 2, 0).cpu().numpy())
     if found is None or len(found) == 0:
         raise _NoFaceError(f"{name}: no face found; {crop}give its landmarks in {name}.txt")
@@ -1866,7 +1869,7 @@ def _shape(tensor):
 def seeded(*numbers):
     """A random stream of its own for every tuple of whole numbers ≥ 0, for example
     (seed, step, place)."""
-    sequence = np.random.SeedSequence((*numbers, len(numbers)))      # the length: (7,) is not (7, 0)
+    sequence = np.random.SeedSequence((*numbers, len(numbers)))  # the length: (7,) is not (7, 0)
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
 
 
@@ -1933,7 +1936,7 @@ def for_inference(network, device, kind="auto", exact=()):
     else reads. Where `autocast(device, kind)` is mixed, weights are cast once, not in
     every call; modules whose name begins with one in the tuple `exact` keep float32.
     """
-    network.eval()                       # first: in training mode folding would take one more power iteration
+    network.eval()  # first: in training mode folding would take one more power iteration
     network = channels_last(_fold(network).requires_grad_(False), device)
     kind_of_device = torch.device(device).type
     with autocast(device, kind):
@@ -1954,8 +1957,8 @@ def keep_freed_memory():
     paged in anew: up to a quarter of the time of a 512×512 face. """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")
-        library.mallopt(-4, 0)                                         # M_MMAP_MAX: from the heap instead
-        library.mallopt(-1, 2**31 - 1)                                 # M_TRIM_THRESHOLD: which keeps 2 GB
+        library.mallopt(-4, 0)  # M_MMAP_MAX: from the heap instead
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which keeps 2 GB
 
 
 @contextlib.contextmanager
@@ -2069,7 +2072,7 @@ def parallel(*networks, find_unused=False):
     gradients."""
     if world() == 1:
         return networks
-    with warnings.catch_warnings():                # of a new name for broadcast_buffers, since PyTorch 2.14
+    with warnings.catch_warnings():  # of a new name for broadcast_buffers, since PyTorch 2.14
         warnings.simplefilter("ignore", FutureWarning)
         return [nn.parallel.DistributedDataParallel(network, broadcast_buffers=False,
                                                     find_unused_parameters=find_unused)
@@ -2159,7 +2162,7 @@ def load_weights(path, device="cpu", advice=None):
     except FileNotFoundError:
         train = "no such checkpoint; train one first (--train) or name another with --checkpoint"
         raise InputError(f"{path}: {f'no such file; {advice}' if advice else train}") from None
-    except Exception as error:              # torch raises half a dozen types for what is no checkpoint
+    except Exception as error:  # torch raises half a dozen types for what is no checkpoint
         code = "Unsupported global" in str(error) or "Unsupported class" in str(error)
         reason = "holds code or objects, which are never run" if code else "damaged, or not a checkpoint"
         raise InputError(f"{path}: {reason}; {advice or 'use a checkpoint that --train wrote'}") from None
@@ -2247,7 +2250,8 @@ def _write_log(folder, rows):
     """log.csv and curves.png from a list of dicts: a column and a plot a name; missing
     values leave gaps."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with _replacing(Path(folder) / "log.csv") as temporary, open(temporary, "w", newline="") as file:
+    path = Path(folder) / "log.csv"
+    with _replacing(path) as temporary, open(temporary, "w", newline="") as file:
         table = csv.DictWriter(file, names)
         table.writeheader()
         for row in rows:
@@ -2256,10 +2260,11 @@ def _write_log(folder, rows):
     names.remove("step")
     columns = min(4, len(names))
     lines = math.ceil(len(names) / columns)
-    width, height = 3.2 * columns, 2.3 * lines           # inches; margins by hand: a layout engine is slow
+    width, height = 3.2 * columns, 2.3 * lines  # inches; margins by hand: a layout engine is slow
     figure = matplotlib.figure.Figure(figsize=(width, height))
     axes = figure.subplots(lines, columns, squeeze=False, gridspec_kw={
-        "left": 0.6 / width, "right": 1 - 0.15 / width, "bottom": 0.3 / height, "top": 1 - 0.3 / height,
+        "left": 0.6 / width, "right": 1 - 0.15 / width, "bottom": 0.3 / height,
+        "top": 1 - 0.3 / height,
         "wspace": 0.32, "hspace": 0.36})
     for axis, name in zip(axes.flat, names):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
@@ -2302,22 +2307,26 @@ def arguments(doc, presets, variants):
     parser.error = refuse
     add = parser.add_argument
     action = parser.action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--train", action="store_true", help="train, then measure on held-out people")
-    action.add_argument("--evaluate", action="store_true", help="measure a trained network: on held-out "
-                        "people, or on all faces of another --data")
+    action.add_argument("--train", action="store_true",
+                        help="train, then measure on held-out people")
+    action.add_argument("--evaluate", action="store_true",
+                        help="measure a trained network: on held-out people, or on all faces "
+                        "of another --data")
     action.add_argument("--restore", metavar="PATH", help="restore a picture, or all of a folder")
-    add("--data", metavar="DIR", help="a folder of pictures, or of one folder per identity "
-        "(default: rendered faces)")
+    add("--data", metavar="DIR",
+        help="a folder of pictures, or of one folder per identity (default: rendered faces)")
     add("--landmarks", metavar="DIR", help="a parallel folder of landmark files photo.jpg.txt")
     add("--aligned", action="store_true", help="pictures are FFHQ-aligned crops")
-    add("--preset", choices=presets, help="tiny (default): minutes on a CPU; hour: about an hour, or two; "
-        "paper: the paper's sizes and schedule")
-    add("--variant", choices=[*variants, "all"], help="a row of the paper's ablation tables; all: for "
-        "--train, every row in turn, those finished left out, then the paper's table beside ours")
-    add("--seeds", type=_whole_number(1), default=1, help="for --variant all: train every row with so "
-        "many seeds (default 1)")
-    add("--degradation", choices=DEGRADATIONS, help="for --evaluate: degrade as this paper does (default: as "
-        "the script's own)")
+    add("--preset", choices=presets,
+        help="tiny (default): minutes on a CPU; hour: about an hour, or two; paper: the "
+        "paper's sizes and schedule")
+    add("--variant", choices=[*variants, "all"],
+        help="a row of the paper's ablation tables; all: for --train, every row in turn, "
+        "those finished left out, then the paper's table beside ours")
+    add("--seeds", type=_whole_number(1), default=1,
+        help="for --variant all: train every row with so many seeds (default 1)")
+    add("--degradation", choices=DEGRADATIONS,
+        help="for --evaluate: degrade as this paper does (default: as the script's own)")
     add("--resume", action="store_true", help="go on exactly where the last checkpoint stopped")
     add("--size", type=_whole_number(1), help="pixels, height = width")
     add("--steps", type=_whole_number(1), help="training steps")
@@ -2325,15 +2334,19 @@ def arguments(doc, presets, variants):
     add("--seed", type=_whole_number(0), help="fixes data, initialisation and order (default 0)")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="auto is bfloat16 where the processor gains from it and the result stays the same to the eye")
-    add("--workers", type=_whole_number(0), default=0, help="processes that read and degrade pictures, and "
-        "look for faces")
-    add("--out", metavar="DIR", help="the run's folder (default runs/SCRIPT); for --restore where "
-        "pictures go (default restored)")
+        help="auto is bfloat16 where the processor gains from it and the result stays the "
+        "same to the eye")
+    add("--workers", type=_whole_number(0), default=0,
+        help="processes that read and degrade pictures, and look for faces")
+    add("--out", metavar="DIR",
+        help="the run's folder (default runs/SCRIPT); for --restore where pictures go "
+        "(default restored)")
     add("--checkpoint", metavar="FILE", help="default: the run's own")
-    add("--weights", metavar="FILE", help="the network that the authors published: a file or its address")
+    add("--weights", metavar="FILE",
+        help="the network that the authors published: a file or its address")
     add("--vggface", metavar="FILE", help="VGG-Face weights for --preset paper (default: VGG-19)")
-    add("--lpips", metavar="FILE", help="published weights of LPIPS (alex.pth), which is then measured too")
+    add("--lpips", metavar="FILE",
+        help="published weights of LPIPS (alex.pth), which is then measured too")
     add("--overwrite", action="store_true", help="restore pictures again that have a result")
     add("--check", action="store_true", help="also write the input with its landmarks and boxes")
     return parser
@@ -2341,7 +2354,8 @@ def arguments(doc, presets, variants):
 
 def add_fid(parser):
     """The options --fid and --fid-reference, for papers that measure FID."""
-    parser.add_argument("--fid", metavar="FILE", help="published weights of FID, which is then measured too")
+    parser.add_argument("--fid", metavar="FILE",
+                        help="published weights of FID, which is then measured too")
     parser.add_argument("--fid-reference", metavar="DIR",
                         help="pictures to compare with, as the paper does (default: the targets)")
 
@@ -2402,7 +2416,8 @@ def chosen_config(args, presets, variants):
                if getattr(args, name) is not None}
     if not args.resume:
         variant = args.variant or "full"
-        return replace(presets[args.preset or "tiny"], variant=variant, **variants[variant], **options)
+        return replace(presets[args.preset or "tiny"], variant=variant,
+                       **variants[variant], **options)
     cfg = recorded_config(args, type(presets["tiny"]))
     if args.variant not in (None, cfg.variant):
         raise InputError(f"{args.checkpoint}: a checkpoint of --variant {cfg.variant}, not {args.variant}")
@@ -2436,7 +2451,8 @@ def load_faces(args, cfg, need_landmarks=False):
     recorded = None if args.state is None else args.state["data"]
     if recorded is not None and (args.resume or args.data is None):
         chosen = {name: getattr(args, name) or recorded[name] for name in _FACES}
-        faces = _open_faces(chosen, cfg.size, cfg.people, need_landmarks, args.device, args.workers)
+        faces = _open_faces(chosen, cfg.size, cfg.people, need_landmarks,
+                            args.device, args.workers)
         if faces.fingerprint != recorded["fingerprint"]:
             raise InputError(f"these are not the faces that {args.checkpoint} was trained on "
                              f"({recorded['data'] or 'rendered'}; pictures, landmarks or options differ); "
@@ -2521,7 +2537,8 @@ class Run:
         """(step from 1 on, batch on the device) for all steps that are left."""
         device = self.args.device
         loader = torch.utils.data.DataLoader(
-            dataset, batch_size=None, sampler=range(self.step, self.steps), num_workers=self.args.workers,
+            dataset, batch_size=None, sampler=range(self.step, self.steps),
+            num_workers=self.args.workers,
             pin_memory=device.type == "cuda")
         self.progress = Progress(self.title, self.steps, self.step)
         for step, batch in enumerate(loader, self.step + 1):
@@ -2582,7 +2599,8 @@ class Run:
         if self.cfg.patience is not None and self.waited > self.cfg.patience:
             self.factor = max(self.factor * self.cfg.plateau, 0.01)
             self.waited = 0
-        optimizer = next(part for part in self.parts.values() if isinstance(part, torch.optim.Optimizer))
+        optimizer = next(part for part in self.parts.values()
+                         if isinstance(part, torch.optim.Optimizer))
         self.rows[-1] |= {**validation, "rate": optimizer.param_groups[0]["lr"]}
         self.say(f"step {step}: " + ", ".join(f"{name.replace('_', ' ')} {value:.3f}"
                                               for name, value in validation.items()))
@@ -2596,11 +2614,13 @@ class Run:
         if self.args.state is not None:
             data = {name: value or self.args.state["data"][name] for name, value in data.items()}
         data["fingerprint"] = self.faces.fingerprint
-        data["people"] = sorted({self.faces.names[number] for number in self.faces.identity[people].tolist()})
+        data["people"] = sorted({self.faces.names[number]
+                                 for number in self.faces.identity[people].tolist()})
         parts = {name: part.state_dict() if hasattr(part, "state_dict") else part
                  for name, part in self.parts.items()}
-        return {"script": self.script, "config": asdict(self.cfg), "data": data, "frozen": self.frozen,
-                "step": self.step, "rows": self.rows, "seconds": self.seconds, "factor": self.factor,
+        return {"script": self.script, "config": asdict(self.cfg), "data": data,
+                "frozen": self.frozen, "step": self.step, "rows": self.rows,
+                "seconds": self.seconds, "factor": self.factor,
                 "best": self.best, "waited": self.waited, **parts}
 
 
@@ -2708,8 +2728,9 @@ def report(run, table, pictures):
     table = {task: {name: part for name, part in row.items() if name not in ("indices", "each")}
              for task, row in table.items()}
     _write_json(written[1], {
-        "script": run.script, "variant": run.cfg.variant, "preset": run.cfg.preset, "data": str(data),
-        "size": run.cfg.size, "steps": run.step, "seconds": round(run.seconds, 1), "test": table})
+        "script": run.script, "variant": run.cfg.variant, "preset": run.cfg.preset,
+        "data": str(data), "size": run.cfg.size, "steps": run.step,
+        "seconds": round(run.seconds, 1), "test": table})
     for name, picture in pictures.items():
         path = args.folder / name
         path = path.with_stem(path.stem + end)
@@ -2733,7 +2754,8 @@ def _write_faces(path, table):
             for column, metrics in row["each"].items():
                 if file.tell() == 0:
                     lines.writerow(["task", "column", "face", *metrics])
-                for face, numbers in zip(row["indices"], torch.stack(list(metrics.values()), 1).tolist()):
+                for face, numbers in zip(row["indices"],
+                                         torch.stack(list(metrics.values()), 1).tolist()):
                     lines.writerow([task, column, face, *(round(number, 5) for number in numbers)])
 
 
@@ -2847,7 +2869,8 @@ def _read_faces(folder, metric):
     """The restored faces' values at ×4 and ×8, a mean for each face: (N,)."""
     with open(folder / "faces.csv", newline="") as file:
         lines = [line for line in csv.DictReader(file) if line["column"] == "restored"]
-    tasks = [[float(line[metric]) for line in lines if line["task"] == task] for task in ("x4", "x8")]
+    tasks = [[float(line[metric]) for line in lines if line["task"] == task]
+             for task in ("x4", "x8")]
     return torch.tensor(tasks).mean(0)
 
 
@@ -2866,7 +2889,8 @@ def _judge_claim(claim, folders, figures):
     ends = {"psnr": 1, "idd": -1}
     paper = [ends[column.split("_")[1]] * (ours[column] - theirs[column]) for column in ours
              if column in theirs and column.split("_")[1] in ends]
-    return {"better": claim.better, "worse": claim.worse, "metric": claim.metric, "equal": claim.equal,
+    return {"better": claim.better, "worse": claim.worse, "metric": claim.metric,
+            "equal": claim.equal,
             "paper": sum(paper) / len(paper) if paper else None, "difference": gain["mean"],
             "ci95": gain["ci95"], "verdict": verdict, "finding": ""}
 
@@ -2875,8 +2899,9 @@ def _report_ablation(args, script, folders, claims, figures):
     """Write ablation.json and ablation.png, print the table."""
     rows, about = {}, {}
     for variant, some in folders.items():
-        results = [json.loads((folder / "result.json").read_text(encoding="utf-8")) for folder in some]
-        about = about or {"preset": results[0]["preset"], "steps": results[0]["steps"]}       # of "full"
+        results = [json.loads((folder / "result.json").read_text(encoding="utf-8"))
+                   for folder in some]
+        about = about or {"preset": results[0]["preset"], "steps": results[0]["steps"]}
         rows[variant] = {"paper": figures.get(variant, {})}
         for task in ("x4", "x8"):
             found = [result["test"][task]["restored"] for result in results]
@@ -2888,7 +2913,8 @@ def _report_ablation(args, script, folders, claims, figures):
     with _replacing(args.folder / "ablation.png") as temporary:
         _draw_ablation(judged).savefig(temporary, dpi=110)
 
-    metrics = [name for name in ("psnr", "identity", "detail", "lpips") if name in rows["full"]["x4"]]
+    metrics = [name for name in ("psnr", "identity", "detail", "lpips")
+               if name in rows["full"]["x4"]]
     cells = [(task, name) for task in ("x4", "x8") for name in metrics]
     print(f"\n{'':26}" + "".join(f"{f'{task} {name}':>14}" for task, name in cells))
     for variant, row in rows.items():
@@ -2923,7 +2949,8 @@ def _draw_ablation(claims):
     for axis in (paper, *ours):
         axis.axvline(0, color="black", linewidth=0.8)
         axis.grid(axis="x", alpha=0.3)
-    names = [f"{claim['better']} {'=' if claim['equal'] else '>'} {claim['worse']}" for claim in claims]
+    names = [f"{claim['better']} {'=' if claim['equal'] else '>'} {claim['worse']}"
+             for claim in claims]
     paper.set_yticks(range(len(claims)), names)
     paper.invert_yaxis()
     paper.set_title("the paper", fontsize=10)
@@ -2957,9 +2984,11 @@ def restore_files(args, size, restore_crops, need_landmarks=False):
     for result in results:
         if result.resolve() in originals:
             raise InputError(f"{result}: would overwrite an original; choose another --out")
-    todo = [(file, result) for file, result in zip(files, results) if args.overwrite or not result.exists()]
+    todo = [(file, result) for file, result in zip(files, results)
+            if args.overwrite or not result.exists()]
     keep_freed_memory()
-    photos = torch.utils.data.DataLoader(_Photos(todo, args, size, need_landmarks), batch_size=None,
+    photos = torch.utils.data.DataLoader(_Photos(todo, args, size, need_landmarks),
+                                         batch_size=None,
                                          num_workers=_detecting(args.workers, args.device))
     progress = Progress("restoring", len(todo), quiet=len(files) == 1)
     failures = []
@@ -3016,7 +3045,8 @@ class _Photos(torch.utils.data.Dataset):
 
     def __init__(self, todo, args, size, need_landmarks):
         self.todo = todo
-        self.args = SimpleNamespace(landmarks=args.landmarks, aligned=args.aligned, device=args.device)
+        self.args = SimpleNamespace(landmarks=args.landmarks, aligned=args.aligned,
+                                    device=args.device)
         self.size = size
         self.need_landmarks = need_landmarks
 
@@ -3026,10 +3056,12 @@ class _Photos(torch.utils.data.Dataset):
     def __getitem__(self, index):
         file, result = self.todo[index]
         try:
-            picture, matrices, points, found = _faces_of(file, self.size, self.args, self.need_landmarks)
+            picture, matrices, points, found = _faces_of(file, self.size,
+                                                         self.args, self.need_landmarks)
         except InputError as error:
             return str(error)
-        crops = [warp_affine(picture, matrix, self.size, self.size, "border") for matrix in matrices]
+        crops = [warp_affine(picture, matrix, self.size, self.size, "border")
+                 for matrix in matrices]
         landmarks = [transform_points(face, matrix) for face, matrix in zip(points, matrices)]
         return _Photo(file, result, picture, torch.stack(matrices), torch.stack(crops),
                       torch.stack(landmarks), found)
@@ -3062,7 +3094,8 @@ def _write_result(photo, restored, shown, args):
     if args.check:
         drawn = [draw_landmarks(crop, marks) for crop, marks in zip(photo.crops, photo.landmarks)]
         columns = {"input": torch.stack(drawn), **shown, "restored": restored}
-        write_image(photo.result.with_name(f"{photo.result.stem}_check.png"), comparison_grid(columns))
+        write_image(photo.result.with_name(f"{photo.result.stem}_check.png"),
+                    comparison_grid(columns))
     write_image(photo.result, picture)
 
 
@@ -3083,7 +3116,7 @@ def read_references(source, size, args, need_landmarks=False):
             print(f"left out: {error}", file=sys.stderr)
             continue
         enlarged = [torch.linalg.det(matrix[:, :2]).item() for matrix in matrices]
-        largest = enlarged.index(min(enlarged))                       # the one to be enlarged least
+        largest = enlarged.index(min(enlarged))  # the one to be enlarged least
         images.append(warp_affine(photo, matrices[largest], size, size, "border"))
         points.append(transform_points(faces[largest], matrices[largest]))
         used.append(file)
@@ -3156,7 +3189,8 @@ def _enlarged(photo, matrices, points):
     stretch = torch.tensor([grown[1] / width, grown[0] / height])
     points = (points + 0.5) * stretch - 0.5
     matrices = [torch.cat([m[:, :2] / stretch,
-                           (m[:, 2] + m[:, :2] @ (0.5 / stretch - 0.5))[:, None]], 1) for m in matrices]
+                           (m[:, 2] + m[:, :2] @ (0.5 / stretch - 0.5))[:, None]], 1)
+                for m in matrices]
     return photo, matrices, points
 
 

@@ -288,7 +288,8 @@ class DFTBlock(nn.Module):
 
         A few at a time: in float32 all of them are large.
         """
-        stored = torch.empty(entries.flatten(2).shape, dtype=dtype, device=getattr(self, name).device)
+        stored = torch.empty(entries.flatten(2).shape, dtype=dtype,
+                             device=getattr(self, name).device)
         for target, some in zip(stored.split(16), entries.split(16)):
             some = some.to(stored.device)
             target.copy_((normalise_entries(some) if self.cadain else some).flatten(2))
@@ -1002,13 +1003,14 @@ def load_official(source, dictionary, vgg=None, entries=torch.float32):
             state[f"VggExtract.model.{name}"] = value
         state["VggExtract.RGB_mean"] = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
         state["VggExtract.RGB_std"] = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-    for name, value in common.read_published(source).items():  # features.0.2 is model.features.2 again
+    # features.0.2 is model.features.2 again
+    for name, value in common.read_published(source).items():
         state[re.sub(r"^VggExtract\.features\.\d\.", "VggExtract.model.features.", name)] = value
     encoder = common.VGG(last_relu=False)
     net = ReleasedDFDNet(replace(RELEASED, entries=1), encoder)
     common.load_named(nn.ModuleDict({"net": net, "encoder": encoder}), state, official_names(),
                       "DFDNet's weights", "the state dict" if isinstance(source, dict) else source)
-    del state                      # before the dictionary comes, which is larger: one file at a time
+    del state  # before the dictionary comes, which is larger: one file at a time
     for scale, side in sides.items():
         for name, size in zip(COMPONENTS, RELEASED.component_sizes[scale - 1]):
             part = official_entries(dictionary, f"{name}_{side}_center.npy",
