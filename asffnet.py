@@ -79,13 +79,13 @@ class Config:
 
     # Training
     learning_rate: float = 1e-3      # 5 times the paper's: the network is small
-    weights_times: float = 30.0      # times that for the landmark weights; 1 in the paper
+    weights_times: float = 30.0      # factor on it for the landmark weights; 1 in the paper
     rank_every: int = 10             # steps between two uses of Eq. (4)
     betas: tuple = (0.5, 0.999)      # β1, β2 of Adam
     clip: float | None = 1.0         # longest gradient; the paper clips none
     cooldown: float = 0.3            # last share of the steps: the rate falls to 0
-    patience: int | None = None      # validations without a better loss, then the rate
-    plateau: float = 0.5             # falls to so much of itself
+    patience: int | None = None      # so many validations may be no better: after one
+    plateau: float = 0.5             # more the rate is multiplied by this
     shift: float = 0.02              # largest random change of place, a share of the size
     jitter: float = 0.1              # of brightness and contrast
     landmark_noise: float = 0.008    # σ, a share of the size: 1 of 128 pixels
@@ -115,9 +115,9 @@ PAPER = replace(TINY, preset="paper", size=256, exemplars=10, training_exemplars
 RELEASED = replace(PAPER, preset="released", size=512)
 PRESETS = {"tiny": TINY, "hour": HOUR, "paper": PAPER}
 
-# Table 1 is one network, tested with K exemplars: its rows are trained alike, and
-# --evaluate --variant exemplars-3 --checkpoint runs/asffnet/checkpoint.pt trains none.
-# Rendered people have five pictures beside the degraded one.
+# Table 1 is one network, tested with K exemplars, so its rows are one training;
+# --evaluate --variant exemplars-3 --checkpoint runs/asffnet/checkpoint.pt measures a row.
+# Rendered people have five pictures besides the degraded one.
 TABLE_1 = {f"exemplars-{k}": {"exemplars": k} for k in (1, 3, 5, 10)}
 VARIANTS = {                         # the rows of Tables 1 and 2
     "full": {},
@@ -249,9 +249,10 @@ def fit_matrix(source, goal, weights):
 
 
 def fit_similarity(products, spread):
-    """What takes A's place where all landmarks lie on a line: a turn and a scale.
+    """For landmarks on one line, which do not determine A: the best turn and scale. For
+    landmarks in one point: the identity.
 
-    In a point nothing turns. products (B,P,2,2), spread (B,P) → (B,P,2,2).
+    products (B,P,2,2), spread (B,P) → (B,P,2,2).
     """
     point = spread <= 1e-16
     spread = torch.where(point, 1.0, spread)
@@ -611,7 +612,8 @@ def with_others(faces, indices):
 def load_group(faces, i, count, generator):
     """Picture i and, behind it, `count` others of the person at random, its exemplars.
 
-    They repeat where there are fewer; a smaller `count` gets the first of a larger one's.
+    Where there are fewer, they repeat. With a smaller `count` they are the first of those
+    with a larger one.
     → images (1+K,3,H,W), landmarks (1+K,68,2).
     """
     others = faces.others(i)
@@ -634,18 +636,14 @@ def with_noise(landmarks, sigma, generator):
 class Batches(torch.utils.data.Dataset):
     """Training batch number `step`, from 0: see `sample`.
 
-    Every face has a random stream of its own, (seed, step, place in the whole batch): a
-    resumed run sees what an unbroken one would have seen, and two processes see what one
-    with twice their batch would.
+    Every face draws from a random stream of its own, (seed, step, place in the whole batch):
+    resuming, or more processes of smaller batches, changes nothing.
     """
     def __init__(self, faces, indices, cfg):
         self.faces = faces
         self.indices = with_others(faces, indices)
         self.cfg = cfg
         self.first = common.rank() * cfg.batch
-
-    def __len__(self):
-        return self.cfg.steps
 
     def sample(self, step, place):
         """One face: degraded, target, its landmarks, exemplars, their landmarks.
@@ -731,9 +729,8 @@ def train(cfg, args):
         if run.due(step):
             run.save(step, validate(net, encoder, faces, validation, cfg))
 
-    table = evaluate(net, faces, test, cfg, args)
-    pictures = samples(net, faces, test, cfg, args.precision)
-    common.report(run, table, pictures)
+    common.report(run, evaluate(net, faces, test, cfg, args),
+                  samples(net, faces, test, cfg, args.precision))
 
 
 def rank_exemplars(net, distances, optimizer, batch, args):
@@ -782,7 +779,7 @@ def samples(net, faces, indices, cfg, precision="auto"):
 
 
 def aligned_guides(net, landmarks, guides, guide_landmarks):
-    """The guides (N,3,size,size) themselves, moved as their features are, Eq. (5), (6)."""
+    """The guides (N,3,size,size) as pictures, moved like their features, Eq. (5), (6)."""
     def align(one):
         return net.align(guides[one], landmarks[one], guide_landmarks[one], 1)
 
@@ -791,7 +788,8 @@ def aligned_guides(net, landmarks, guides, guide_landmarks):
 
 
 def draw_attention(attention, batch):
-    """A row a face: F^m of each block, the mean of its channels, in its own range."""
+    """A row a face, a column a block: F^m, averaged over its channels; black to white is
+    the range in the title."""
     columns = {name: batch[name] for name in ("degraded", "aligned guide")}
     for number, mask in enumerate(attention, 1):
         mask = mask.float().mean(1, keepdim=True).cpu()
@@ -812,7 +810,7 @@ def restore(net, degraded, landmarks, exemplars, exemplar_landmarks, batch=8,
 
     degraded (N,3,size,size) in [-1,1], landmarks (N,68,2), exemplars (N,K,3,size,size) and
     their landmarks, or one set (1,K,…) for all → restored, the chosen k (N,), on the CPU.
-    known: of one set for all, {k: features of an exemplar}; those that it lacks are added.
+    known: {k: features of exemplar k}, where one set serves all; missing ones are added.
     """
     with common.inference(net, precision) as device:
         chosen = net.select(landmarks.to(device), exemplar_landmarks.to(device)).cpu()
@@ -853,10 +851,10 @@ def guidance(net, degraded, landmarks, guides, guide_landmarks, precision="auto"
 
 def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto",
                      noise=0.0, mistaken=False):
-    """Held-out faces in batches, by name ("faces": their indices).
+    """Held-out faces in batches, by name; "faces" are their indices in the data.
 
-    noise: σ in pixels of the error of the degraded faces' landmarks; mistaken: the
-    exemplars are somebody else's.
+    noise: σ in pixels, added to the degraded faces' landmarks. mistaken: somebody else's
+    exemplars.
     """
     def groups(some):
         loaded = [load_group(faces, i, cfg.exemplars, common.seeded(cfg.seed, 5, i))
@@ -884,37 +882,32 @@ def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto"
 def evaluate(net, faces, indices, cfg, args):
     """×4, ×8 and random scales on held-out faces → "test" of result.json.
 
-    Landmarks are the sharp faces'; ×4 also with landmarks twice as far off as in training.
+    Landmarks are those of the sharp faces. At ×4 there is also a column with landmarks
+    twice as noisy as in training.
     The column `stranger` is what the network makes of somebody else's exemplars.
     """
     metrics = common.metrics(faces, args)
-    columns = {"input": "degraded", "restored": "restored"}
-    if len(faces.identity[indices].unique()) > 1:
-        columns["stranger"] = "mistaken"
-    precision = args.precision
+    several = len(faces.identity[indices].unique()) > 1
+    ways = {"restored": False} | ({"stranger": True} if several else {})      # mistaken
     table = {}
     for task, scale in common.TASKS.items():
-        batches = restored_batches(net, faces, indices, cfg, scale, precision=precision)
-        if "stranger" in columns:
-            others = restored_batches(net, faces, indices, cfg, scale, precision=precision,
-                                      mistaken=True)
-            batches = (batch | {"mistaken": other["restored"]}
-                       for batch, other in zip(batches, others))
-        table[task] = common.measure(batches, metrics, columns)
-    batches = restored_batches(net, faces, indices, cfg, 4, precision=precision,
-                               noise=2 * cfg.landmark_noise * cfg.size)
-    table["x4"]["noisy_landmarks"] = common.measure(batches, metrics)["restored"]
+        batches = {way: restored_batches(net, faces, indices, cfg, scale,
+                                         precision=args.precision, mistaken=mistaken)
+                   for way, mistaken in ways.items()}
+        table[task] = common.measure(batches, metrics)
+    noisy = restored_batches(net, faces, indices, cfg, 4, precision=args.precision,
+                             noise=2 * cfg.landmark_noise * cfg.size)
+    table["x4"]["noisy_landmarks"] = common.measure({"restored": noisy}, metrics)["restored"]
     return table
 
 
 def evaluate_network(net, cfg, args):
     """--evaluate: measure a network on held-out faces and write what was found."""
     faces = common.load_faces(args, cfg, need_landmarks=True)
-    test = with_others(faces, common.test_faces(faces, args, cfg.tested))
+    test = common.test_faces(faces, args, cfg.tested, lambda some: with_others(faces, some))
     run = common.Run(SCRIPT, cfg, args, faces)
-    table = evaluate(net, faces, test, cfg, args)
-    pictures = samples(net, faces, test, cfg, args.precision)
-    common.report(run, table, pictures)
+    common.report(run, evaluate(net, faces, test, cfg, args),
+                  samples(net, faces, test, cfg, args.precision))
 
 
 def load_network(args):
@@ -1005,7 +998,7 @@ def released_distance(landmarks, exemplar_landmarks):
 def released_mask(landmarks, size):
     """Squares of about 7 pixels at landmarks 17-67: (B,68,2) → (B,1,size,size), 0 or 1.
 
-    None within 3 pixels of the top and left edges, or 2 of the others.
+    A landmark within 3 pixels of the top or left edge, or 2 of the others, has none.
     """
     points = landmarks[:, 17:, :, None]
     inside = ((points >= 3) & (points < size - 2)).all(2, keepdim=True)

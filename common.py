@@ -60,6 +60,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn.utils import parametrize
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 __all__ = [       # what scripts, notebooks and README use; a rename is a decision
     "ArcFace", "COMPONENTS", "Claim", "DEGRADATIONS", "Degradation", "FFHQ_TEMPLATE", "FID",
@@ -92,7 +93,8 @@ _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif",
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used: one line, what is wrong and what to do. Exit status 2."""
+    """Something the user gave cannot be used: one line, what is wrong and what to do.
+    Exit status 2."""
 
 
 class _NoFaceError(InputError):
@@ -146,7 +148,7 @@ def write_image(path, image):
     """Write (3,H,W) in [-1,1] with 8 bits, rounded. The suffix names the format."""
     with _replacing(path) as temporary:
         try:
-            _to_picture(image).save(temporary, quality=95)
+            to_pil_image(to_uint8(image)).save(temporary, quality=95)
         except ValueError:
             raise InputError(f"{path}: an unknown kind of picture; "
                              "name it .png or .jpg") from None
@@ -158,33 +160,20 @@ def to_uint8(image):
     return levels.round().clamp(0, 255).to(torch.uint8)
 
 
-def _to_picture(image):
-    """(3,H,W) in [-1,1] → a Pillow picture."""
-    return Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
-
-
-def _from_picture(picture):
-    """A Pillow picture, RGB → (3,H,W) in [-1,1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
-
-
 def comparison_grid(columns):
     """{title: (B,3,H,W)} → picture (3,H',W'): a row a sample, a column an entry."""
     height, width = next(iter(columns.values())).shape[-2:]
     gap = max(width // 64, 1)
     head = max(height // 6, 16)
-    strips = []
-    for images in columns.values():
-        framed = F.pad(images.detach().float().cpu(), (0, gap, 0, gap), value=1)
-        strips.append(torch.cat(list(framed), 1))
-    grid = F.pad(torch.cat(strips, 2), (gap, 0, head, 0), value=1)
-    picture = _to_picture(grid)
+    images = torch.stack([part.detach().float().cpu() for part in columns.values()], 1)
+    grid = torchvision.utils.make_grid(images.flatten(0, 1), len(columns), gap, pad_value=1)
+    picture = to_pil_image(to_uint8(F.pad(grid, (0, 0, head - gap, 0), value=1)))
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=head * 0.62)
     for index, title in enumerate(columns):
         middle = gap + (index + 0.5) * (width + gap)
         draw.text((middle, head / 2), title, fill="black", font=font, anchor="mm")
-    return _from_picture(picture)
+    return pil_to_tensor(picture) / 127.5 - 1
 
 
 def show(pictures, titles=(), columns=None, width=1.4):
@@ -354,9 +343,8 @@ def blur(image, kernel):
 def jpeg(image, quality):
     """(3,H,W) uint8 → the same after JPEG at `quality` 1 … 100, on the CPU."""
     buffer = io.BytesIO()
-    picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-    picture.save(buffer, "JPEG", quality=int(quality))
-    return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)
+    to_pil_image(image).save(buffer, "JPEG", quality=int(quality))
+    return pil_to_tensor(Image.open(buffer))
 
 
 def degrade(target, degradation, generator=None, scale=None):
@@ -666,7 +654,7 @@ def _squared_distances(landmarks, size):
 
 def draw_landmarks(image, landmarks):
     """A copy of image (3,H,W) with landmarks (68,2) and component boxes drawn on it."""
-    picture = _to_picture(image)
+    picture = to_pil_image(to_uint8(image))
     draw = ImageDraw.Draw(picture)
     dot = max(picture.width / 256, 0.6)
     for x1, y1, x2, y2 in component_boxes(landmarks[None], picture.width)[0].tolist():
@@ -674,7 +662,7 @@ def draw_landmarks(image, landmarks):
                        width=max(round(dot), 1))
     for x, y in landmarks.tolist():
         draw.ellipse((x - dot, y - dot, x + dot, y + dot), fill="lime")
-    return _from_picture(picture)
+    return pil_to_tensor(picture) / 127.5 - 1
 
 
 @functools.lru_cache
@@ -826,14 +814,11 @@ class LPIPS(nn.Module):
             nn.ParameterList(torch.zeros(1, width, 1, 1) for width in widths), linear,
             [(r"lin(\d)\.model\.1\.weight", r"\1")],
             "LPIPS's weights/v0.1/alex.pth of github.com/richzhang/PerceptualSimilarity")
-        mean = torch.tensor([-0.030, -0.088, -0.188])
-        deviation = torch.tensor([0.458, 0.448, 0.450])
-        self.register_buffer("mean", mean.view(3, 1, 1))
-        self.register_buffer("deviation", deviation.view(3, 1, 1))
         self.eval().requires_grad_(False)
 
     def forward(self, restored, target):
-        x = (torch.cat([restored, target]) - self.mean) / self.deviation
+        x = torchvision.transforms.functional.normalize(
+            torch.cat([restored, target]), (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450))
         weights = iter(self.linear)
         distance = 0
         for layer in self.features:
@@ -887,15 +872,9 @@ class FID:
     def _pool_otherwise(block, pool):
         """Keep the block's input; hand its pooling branch what `pool` makes of it."""
         kept = {}
-
-        def keep(module, inputs):
-            kept["x"] = inputs[0]
-
-        def replace_input(module, inputs):
-            return pool(kept["x"], 3, stride=1, padding=1)
-
-        block.register_forward_pre_hook(keep)
-        block.branch_pool.register_forward_pre_hook(replace_input)
+        block.register_forward_pre_hook(lambda _, inputs: kept.update(x=inputs[0]))
+        block.branch_pool.register_forward_pre_hook(
+            lambda *_: pool(kept["x"], 3, stride=1, padding=1))
 
     @torch.inference_mode()
     def features(self, batches):
@@ -970,7 +949,12 @@ class FaceFolder(torch.utils.data.Dataset):
                           device, workers)
         for file in found:
             try:
-                points = _read_points(file, landmarks, average, aligned, device)
+                seen = _picture_size(file)
+                path = _find_landmarks(file, landmarks)
+                if path is not None:
+                    points = read_landmarks(path, seen)
+                else:
+                    points = None if average else _detected(file, device, aligned)
                 self._points.append(points)
                 self._files.append(file)
             except InputError as error:
@@ -1058,17 +1042,6 @@ class FaceFolder(torch.utils.data.Dataset):
         return [i for i in self._pictures[self.identity[index]] if i != index]
 
 
-def _read_points(file, folder, average, aligned, device):
-    """Landmarks (68,2) in the file's pixels; None if the `average` ones will do."""
-    size = _picture_size(file)
-    path = _find_landmarks(file, folder)
-    if path is not None:
-        return read_landmarks(path, size)
-    if average:
-        return None
-    return _detected(file, device, aligned)
-
-
 def _detected(file, device, aligned=False):
     """Landmarks (68,2) of the largest face, from the cache or by the detector.
 
@@ -1091,20 +1064,10 @@ def _detected(file, device, aligned=False):
     return points
 
 
-class _Undetected(torch.utils.data.Dataset):
-    """Asking for an item puts the landmarks of a picture into the cache, if it can."""
-
-    def __init__(self, files, device):
-        self.files = files
-        self.device = device
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index):
-        with contextlib.suppress(InputError, OSError):     # said when the picture's turn comes
-            _detected(self.files[index], self.device)
-        return index
+def _try_to_detect(device, file):
+    """Put the landmarks of a picture into the cache, if that can be done."""
+    with contextlib.suppress(InputError, OSError):         # said when the picture's turn comes
+        _detected(file, device)
 
 
 def _detect_ahead(files, device, workers):
@@ -1114,7 +1077,8 @@ def _detect_ahead(files, device, workers):
     with first():
         if rank() == 0:
             progress = Progress("looking for faces", len(files), quiet=len(files) < 100)
-            loader = torch.utils.data.DataLoader(_Undetected(files, device), batch_size=None,
+            work = functools.partial(_try_to_detect, device)
+            loader = torch.utils.data.DataLoader(files, batch_size=None, collate_fn=work,
                                                  num_workers=_detecting(workers, device))
             for number, _ in enumerate(loader, 1):
                 progress.update(number)
@@ -1128,18 +1092,18 @@ def _picture_size(file):
         if ends.get(file.suffix.lower(), b"") not in data.read():
             read_image(file)
     try:
-        with warnings.catch_warnings(), Image.open(file) as picture:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            width, height = picture.size
-            # Asking a PNG without EXIF for its EXIF would decode it.
-            exif = picture.format != "PNG" or "exif" in picture.info
-            if exif and picture.getexif().get(0x0112, 1) >= 5:      # the camera lay
-                return width, height
-            return height, width
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        read_image(file)                              # says in a sentence what is wrong
-        raise InputError(f"{file}: not a readable picture; "
-                         "replace or remove it") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as picture:
+                width, height = picture.size
+                # Asking a PNG without EXIF for its EXIF would decode it.
+                exif = picture.format != "PNG" or "exif" in picture.info
+                if exif and picture.getexif().get(0x0112, 1) >= 5:      # the camera lay
+                    return width, height
+                return height, width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning,
+            Image.DecompressionBombError):
+        return tuple(read_image(file).shape[1:])      # says in a sentence what is wrong
 
 
 def split_identities(faces):
@@ -1150,14 +1114,12 @@ def split_identities(faces):
     person. Where no one is test the smallest share is; where no one is validation the
     second smallest is.
     """
-    def share(name):
-        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-
-    shares = {number: share(name) for number, name in enumerate(faces.names)}
+    digests = [hashlib.sha256(name.encode()).digest() for name in faces.names]
+    shares = [int.from_bytes(digest[:8], "big") / 2**64 for digest in digests]
     if len(shares) < 3:
         raise InputError(f"{len(shares)} identities are too few to train and to hold "
                          "some out; at least 3 are needed")
-    order = sorted(shares, key=shares.get)
+    order = sorted(range(len(shares)), key=shares.__getitem__)
     test = {number for number in order if shares[number] < 0.08} or {order[0]}
     validation = {number for number in order if 0.08 <= shares[number] < 0.12} - test
     validation = validation or {order[1]}
@@ -1196,13 +1158,10 @@ def stack_person(faces, indices):
         name = faces.names[faces.identity[indices[0]]]
         raise InputError(f"{name} has no two readable pictures, one to restore and one "
                          "to guide; see `left out` above, and remove the folder")
-    first = indices[0] if indices[0] in whole else next(iter(whole))
-    guides = [i for i in whole if i != first]
-    chosen = [first]
-    for place, i in enumerate(indices[1:]):
-        chosen.append(i if i in guides else guides[place % len(guides)])
-    images = torch.stack([whole[i].image for i in chosen])
-    return images, torch.stack([whole[i].landmarks for i in chosen])
+    first, *guides = whole                     # indices[0] is the first, if it is whole
+    behind = [i if i in guides else guides[place % len(guides)]
+              for place, i in enumerate(indices[1:])]
+    return stack_faces(whole, [first, *behind])
 
 
 def stranger(faces, indices, i):
@@ -1244,15 +1203,10 @@ def augment(images, landmarks, generator, shift=0.02, jitter=0.0):
         middle = images.mean((1, 2, 3), keepdim=True)
         images = ((images - middle) * (1 + contrast) + middle + light).clamp(-1, 1)
     if flip:
-        return _mirror(images, landmarks)
+        images = images.flip(3)
+        landmarks = landmarks[:, _MIRRORED]      # they follow the 68-point scheme again
+        landmarks[..., 0] = size - 1 - landmarks[..., 0]
     return images, landmarks
-
-
-def _mirror(images, landmarks):
-    """Flip faces (N,3,H,W), (N,68,2); the points follow the 68-point scheme again."""
-    flipped = landmarks[:, _MIRRORED].clone()
-    flipped[..., 0] = images.shape[-1] - 1 - flipped[..., 0]
-    return images.flip(3), flipped
 
 
 # --------------------------------------------------------------------------------------
@@ -1367,25 +1321,17 @@ def recogniser(faces, purpose="loss", device="cpu", epochs=24, batch=64, quiet=F
                   "the recogniser is trained on rendered faces", file=sys.stderr)
         faces = RenderedFaces()
     path = _CACHE / f"recogniser-3-{purpose}-{epochs}x{batch}-{faces.fingerprint}.pt"
+    net = Recogniser(_RECOGNISERS[purpose]["widths"])
     with first():
-        net = _read_recogniser(path, purpose)
-        if net is None:
+        try:
+            cached = load_weights(path)
+            net.load_state_dict(cached["net"])
+            net.accuracy = cached["accuracy"]
+        except (InputError, KeyError, TypeError, RuntimeError):      # there is none, or damaged
             net = _train_recogniser(faces, purpose, device, epochs, batch, quiet)
             with contextlib.suppress(InputError):        # without a cache it takes longer
                 save_checkpoint(path, {"net": net.state_dict(), "accuracy": net.accuracy})
     return net.folded()
-
-
-def _read_recogniser(path, purpose):
-    """The cached network, or None: there is none, or it is damaged."""
-    net = Recogniser(_RECOGNISERS[purpose]["widths"])
-    if path.is_file():
-        with contextlib.suppress(InputError, KeyError, TypeError, RuntimeError):
-            cached = load_weights(path)
-            net.load_state_dict(cached["net"])
-            net.accuracy = cached["accuracy"]
-            return net.eval()
-    return None
 
 
 def _train_recogniser(faces, purpose, device, epochs, batch, quiet):
@@ -1398,9 +1344,8 @@ def _train_recogniser(faces, purpose, device, epochs, batch, quiet):
         image = F.interpolate(image, (64, 64), mode="bilinear", antialias=True)[0]
         small.append(to_uint8(image))
     images = torch.stack(small).to(device)
-    identity = faces.identity[people]
-    centre = identity.unique()
-    label = torch.searchsorted(centre, identity).to(device)
+    centre, label = faces.identity[people].unique(return_inverse=True)
+    label = label.to(device)
     batch = min(batch, len(images))
     steps = epochs * len(images) // batch
     generator = seeded(seed, 2)
@@ -1440,14 +1385,11 @@ def _train_recogniser(faces, purpose, device, epochs, batch, quiet):
     net = net.eval().cpu().to(memory_format=torch.contiguous_format)
 
     held = spread(validation + test, 400)
-    embeddings = []
     with torch.inference_mode():
-        for start in range(0, len(held), 64):
-            embeddings.append(net(stack_faces(faces, held[start:start + 64])[0]))
-    identity = faces.identity[held]
-    others = identity.unique()
-    net.accuracy = _verification_accuracy(torch.cat(embeddings),
-                                          torch.searchsorted(others, identity))
+        embeddings = in_batches(lambda part: net(stack_faces(faces, held[part])[0]),
+                                len(held), 64)
+    others, identity = faces.identity[held].unique(return_inverse=True)
+    net.accuracy = _verification_accuracy(embeddings, identity)
     progress.close(f"verification accuracy on {len(others)} held-out identities "
                    f"{net.accuracy:.1%}")
     return net
@@ -1799,11 +1741,8 @@ def renamed(state, table):
     this tensor is not used. A name that no row matches is kept. The names that spectral
     norm had in older PyTorch (weight_orig, weight_u, weight_v) become today's before.
     """
-    result = {}
-    for name, value in state.items():
-        new = _new_name(name, table)
-        if new is not None:
-            result[new] = value
+    result = {_new_name(name, table): value for name, value in state.items()}
+    result.pop(None, None)                     # what is not used
     return result
 
 
@@ -1823,13 +1762,13 @@ def _new_name(name, table):
     return name
 
 
-def load_named(network, source, table, name, file=None):
+def load_named(network, source, table, name):
     """Fill a network with published weights, renamed by `table` (see `renamed`).
 
     source: as for read_published. Every tensor of the network has to be there, in its
-    shape, and none may be left over; else InputError with the first that does not fit. It
-    calls the weights `name` and the source `file`. Returns the network, frozen, in eval
-    mode, with spectral norm folded in.
+    shape, and none may be left over; else InputError with the first that does not fit,
+    which calls the weights `name`. Returns the network, frozen, in eval mode, with
+    spectral norm folded in.
     """
     own = network.state_dict()
     found = {}
@@ -1849,8 +1788,7 @@ def load_named(network, source, table, name, file=None):
     wrong += [f"{here} is missing" for here in own
               if here not in found and not here.endswith("num_batches_tracked")]
     if wrong:
-        if file is None:
-            file = "the state dict" if isinstance(source, dict) else source
+        file = "the state dict" if isinstance(source, dict) else source
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise InputError(f"{file}: not {name} ({wrong[0]}{more}); give the file of this "
                          "method that the authors released, whole and unchanged")
@@ -1875,11 +1813,8 @@ def seeded(*numbers):
 
 # Processor and precision
 
-def _choose_device(name="auto"):
-    """"auto", "cpu" or "cuda" → torch.device; a process under torchrun takes the GPU of
-    its local rank."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device {name}: unknown; choose auto, cpu or cuda")
+def _choose_device(name):
+    """--device as a torch.device; a process under torchrun takes the GPU of its local rank."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA GPU is visible to PyTorch here; use --device cpu or auto")
     if name == "cpu" or not torch.cuda.is_available():
@@ -1993,8 +1928,7 @@ def in_batches(call, count, batch):
                 raise InputError("not enough memory for one face; use --device cpu or a smaller "
                                  "--size") from None
             batch //= 2
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
             print(f"out of memory: going on with {batch} faces at a time", file=sys.stderr)
     if torch.is_tensor(results[0]):
         return torch.cat(results)
@@ -2051,20 +1985,6 @@ def first():
         _going_first = False
     if rank() == 0:
         torch.distributed.barrier()
-
-
-def _shared(tensor):
-    """A tensor where the process group can send it from: on the GPU for NCCL."""
-    return tensor.cuda() if torch.distributed.get_backend() == "nccl" else tensor.cpu()
-
-
-def _agree(value):
-    """Process 0's number, for all."""
-    if world() == 1:
-        return value
-    shared = _shared(torch.tensor(float(value), dtype=torch.float64))
-    torch.distributed.broadcast(shared, 0)
-    return shared.item()
 
 
 def parallel(*networks, find_unused=False):
@@ -2205,6 +2125,7 @@ def load_part(part, state, name):
 class Progress:
     """A line updated in place on a terminal: step, steps/s, time left, a note.
     Elsewhere few plain lines."""
+    stop = None                    # what SIGTERM raised: Python may have dropped it
 
     def __init__(self, title, total, start=0, quiet=False):
         self.title = title
@@ -2218,6 +2139,8 @@ class Progress:
     def update(self, step, note=""):
         """Show step (0 … total); at most 5 times a second on a terminal, every 20
         seconds elsewhere."""
+        if Progress.stop is not None:
+            raise Progress.stop
         now = time.monotonic()
         if self.quiet or now - self.shown < (0.2 if self.terminal else 20):
             return
@@ -2254,9 +2177,8 @@ def _write_log(folder, rows):
     with _replacing(path) as temporary, open(temporary, "w", newline="") as file:
         table = csv.DictWriter(file, names)
         table.writeheader()
-        for row in rows:
-            table.writerow({name: round(value, 6) if isinstance(value, float) else value
-                            for name, value in row.items()})
+        table.writerows({name: round(value, 6) if isinstance(value, float) else value
+                         for name, value in row.items()} for row in rows)
     names.remove("step")
     columns = min(4, len(names))
     lines = math.ceil(len(names) / columns)
@@ -2264,8 +2186,7 @@ def _write_log(folder, rows):
     figure = matplotlib.figure.Figure(figsize=(width, height))
     axes = figure.subplots(lines, columns, squeeze=False, gridspec_kw={
         "left": 0.6 / width, "right": 1 - 0.15 / width, "bottom": 0.3 / height,
-        "top": 1 - 0.3 / height,
-        "wspace": 0.32, "hspace": 0.36})
+        "top": 1 - 0.3 / height, "wspace": 0.32, "hspace": 0.36})
     for axis, name in zip(axes.flat, names):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         axis.plot(*zip(*points), linewidth=1.2)
@@ -2332,7 +2253,7 @@ def arguments(doc, presets, variants):
     add("--steps", type=_whole_number(1), help="training steps")
     add("--batch", type=_whole_number(1), help="faces a process and step")
     add("--seed", type=_whole_number(0), help="fixes data, initialisation and order (default 0)")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
         help="auto is bfloat16 where the processor gains from it and the result stays the "
         "same to the eye")
@@ -2448,18 +2369,16 @@ def load_faces(args, cfg, need_landmarks=False):
 
     --resume with other faces than those the run began with is an InputError.
     """
-    recorded = None if args.state is None else args.state["data"]
-    if recorded is not None and (args.resume or args.data is None):
-        chosen = {name: getattr(args, name) or recorded[name] for name in _FACES}
-        faces = _open_faces(chosen, cfg.size, cfg.people, need_landmarks,
-                            args.device, args.workers)
-        if faces.fingerprint != recorded["fingerprint"]:
-            raise InputError(f"these are not the faces that {args.checkpoint} was trained on "
-                             f"({recorded['data'] or 'rendered'}; pictures, landmarks or options differ); "
-                             "give those back, or train anew into another --out")
-        return faces
     chosen = {name: getattr(args, name) for name in _FACES}
-    return _open_faces(chosen, cfg.size, cfg.people, need_landmarks, args.device, args.workers)
+    recorded = args.state is not None and (args.resume or args.data is None)
+    if recorded:
+        chosen = {name: value or args.state["data"][name] for name, value in chosen.items()}
+    faces = _open_faces(chosen, cfg.size, cfg.people, need_landmarks, args.device, args.workers)
+    if recorded and not _own_faces(faces, args):
+        raise InputError(f"these are not the faces that {args.checkpoint} was trained on "
+                         f"({args.state['data']['data'] or 'rendered'}; pictures, landmarks or "
+                         "options differ); give those back, or train anew into another --out")
+    return faces
 
 
 def _open_faces(chosen, size, people, need_landmarks, device, workers=0):
@@ -2474,20 +2393,21 @@ def _own_faces(faces, args):
     return args.state is not None and args.state["data"]["fingerprint"] == faces.fingerprint
 
 
-def test_faces(faces, args, limit):
+def test_faces(faces, args, limit, usable=list):
     """What --evaluate measures: the run's test people, at most `limit` faces; of other
-    --data all faces of people whose names the run was not trained on."""
+    --data all faces of people whose names the run was not trained on. `usable` keeps
+    those of some indices that the method can restore."""
     if _own_faces(faces, args):
-        return spread(split_identities(faces)[2], limit)
+        return spread(usable(split_identities(faces)[2]), limit)
     trained = set() if args.state is None else set(args.state["data"]["people"])
     known = torch.tensor([name in trained for name in faces.names])
     indices = torch.nonzero(~known[faces.identity])[:, 0].tolist()
     if len(indices) < len(faces):
-        print(f"left out: {len(faces) - len(indices)} faces of people whose names stand in the training set",
-              file=sys.stderr)
+        print(f"left out: {len(faces) - len(indices)} faces of people whose names stand in "
+              "the training set", file=sys.stderr)
     if not indices:
         raise InputError(f"{args.data}: has no person that the network was not trained on")
-    return indices
+    return usable(indices)
 
 
 # A run
@@ -2510,28 +2430,20 @@ class Run:
         self.steps = steps or cfg.steps
         self.title = f"{script} {title}{cfg.variant}"
         self.parts = parts
-        self.step = 0
-        self.rows = []
-        self.factor = 1.0
-        self.best = math.inf
-        self.waited = 0
-        self.seconds = 0.0
-        self.earlier = 0.0                       # seconds of the sessions before this one
-        if args.state is not None:
-            self._take_up(args.state)
-        if args.train and rank() == 0:
-            _write_json(args.folder / "config.json", asdict(cfg))
-
-    def _take_up(self, state):
+        state = args.state or {"step": 0, "rows": [], "factor": 1.0, "best": math.inf,
+                               "waited": 0, "seconds": 0.0}
         self.step = state["step"]
         self.rows = list(state["rows"])
         self.factor = state["factor"]
         self.best = state["best"]
         self.waited = state["waited"]
-        self.seconds = self.earlier = state["seconds"]
-        for name, part in self.parts.items():
-            if hasattr(part, "load_state_dict"):
+        self.seconds = state["seconds"]
+        self.earlier = state["seconds"]          # of the sessions before this one
+        for name, part in parts.items():
+            if args.state is not None and hasattr(part, "load_state_dict"):
                 load_part(part, state, name)
+        if args.train and rank() == 0:
+            _write_json(args.folder / "config.json", asdict(cfg))
 
     def batches(self, dataset):
         """(step from 1 on, batch on the device) for all steps that are left."""
@@ -2557,7 +2469,6 @@ class Run:
         values = torch.stack([loss.detach().float() for loss in losses.values()])
         wrong = (~values.isfinite()).float()
         if world() > 1:
-            wrong = _shared(wrong)
             torch.distributed.all_reduce(wrong, torch.distributed.ReduceOp.MAX)
         self._stop_at([name for name, bad in zip(losses, wrong.tolist()) if bad], step)
         self.rows.append({"step": step, **dict(zip(losses, values.tolist()))})
@@ -2585,11 +2496,15 @@ class Run:
         """Note what validation found, {"validation": loss, …}, and write checkpoint,
         log.csv, curves.png.
 
-        With cfg.patience, so many losses in a row that are no better multiply `factor`
-        by cfg.plateau. """
+        With cfg.patience, more losses in a row than that which are no better multiply
+        `factor` by cfg.plateau. """
         self.step = step
         self.seconds = self.earlier + time.monotonic() - self.args.begin
-        validation = {name: _agree(value) for name, value in validation.items()}
+        if world() > 1:                                  # process 0's numbers, for all
+            numbers = torch.tensor([*validation.values()], dtype=torch.float64,
+                                   device=self.args.device)
+            torch.distributed.broadcast(numbers, 0)
+            validation = dict(zip(validation, numbers.tolist()))
         loss = validation["validation"]
         self._stop_at([] if math.isfinite(loss) else ["validation"], step)
         self.waited += 1
@@ -2638,28 +2553,27 @@ def _to_device(batch, device):
 TASKS = {"x4": 4, "x8": 8, "random": None}           # the papers' two, and s drawn as in training
 
 
-def judge(faces, args=None):
+def judge(faces, args):
     """The recogniser that measures: it knows the people that the network was trained on,
     and none that the network is measured on."""
-    device = torch.device("cpu") if args is None else args.device
     known = faces
-    if args is not None and args.state is not None and not _own_faces(faces, args):
+    if args.state is not None and not _own_faces(faces, args):
         people = args.state["config"]["people"]
-        known = _open_faces(args.state["data"], faces.size, people, False, device)
-    return recogniser(known, "metric", device).to(device)
+        known = _open_faces(args.state["data"], faces.size, people, False, args.device)
+    return recogniser(known, "metric", args.device).to(args.device)
 
 
-def metrics(faces, args=None):
+def metrics(faces, args):
     """The measures of a restored face, {name: f(image, target) → (B,)}: PSNR in dB,
     SSIM, identity in degrees, detail, with --lpips also LPIPS. Images in [-1,1]."""
     network = judge(faces, args)
-    device = next(network.parameters()).device
+    device = args.device
 
     def identity(image, target):
         return identity_distance(network, image.to(device), target.to(device)).cpu()
 
     found = {"psnr": psnr, "ssim": ssim, "identity": identity, "detail": detail}
-    if args is not None and args.lpips is not None:
+    if args.lpips is not None:
         lpips = LPIPS(args.lpips).to(device)
         found["lpips"] = lambda image, target: lpips(image.to(device), target.to(device)).cpu()
     return found
@@ -2678,26 +2592,28 @@ def load_fid(args):
 
 
 @torch.inference_mode()
-def measure(batches, metrics, columns=None, fid=None):
+def measure(ways, metrics, fid=None):
     """One task's table: means over all faces, the mean paired gain in PSNR with its 95 %
     interval; under "indices" and "each" which faces, and the values of every face.
 
-    batches: dicts with "faces", their indices (B,), and "degraded", "restored", "target"
-    (B,3,H,W); columns: {name in the table: name in the batch}, in the first place the
-    input, then the restored face.
+    ways: {column: batches}, "restored" first; batches: dicts with "faces", their indices
+    (B,), and "degraded", "restored", "target" (B,3,H,W). All restore the same degraded
+    faces, the column "input".
     """
-    columns = columns or {"input": "degraded", "restored": "restored"}
+    columns = ["input", *ways]
     values = {name: {metric: [] for metric in metrics} for name in columns}
     seen = {name: [] for name in (*columns, "target")}
     indices = []
-    for batch in batches:
-        indices += batch["faces"].tolist()
-        for name, key in columns.items():
+    for same in zip(*ways.values()):
+        target = same[0]["target"]
+        indices += same[0]["faces"].tolist()
+        pictures = [same[0]["degraded"], *(batch["restored"] for batch in same)]
+        for name, picture in zip(columns, pictures):
             for metric, function in metrics.items():
-                values[name][metric].append(function(batch[key], batch["target"]))
+                values[name][metric].append(function(picture, target))
         if fid is not None:
-            for name, key in {**columns, "target": "target"}.items():
-                seen[name].append(fid.features([batch[key]]))
+            for name, picture in zip(seen, [*pictures, target]):
+                seen[name].append(fid.features([picture]))
     values = {name: {metric: torch.cat(parts) for metric, parts in column.items()}
               for name, column in values.items()}
     table = {name: {metric: value.mean().item() for metric, value in column.items()}
@@ -2889,10 +2805,8 @@ def _judge_claim(claim, folders, figures):
     ends = {"psnr": 1, "idd": -1}
     paper = [ends[column.split("_")[1]] * (ours[column] - theirs[column]) for column in ours
              if column in theirs and column.split("_")[1] in ends]
-    return {"better": claim.better, "worse": claim.worse, "metric": claim.metric,
-            "equal": claim.equal,
-            "paper": sum(paper) / len(paper) if paper else None, "difference": gain["mean"],
-            "ci95": gain["ci95"], "verdict": verdict, "finding": ""}
+    return {**claim._asdict(), "paper": sum(paper) / len(paper) if paper else None,
+            "difference": gain["mean"], "ci95": gain["ci95"], "verdict": verdict, "finding": ""}
 
 
 def _report_ablation(args, script, folders, claims, figures):
@@ -2987,8 +2901,9 @@ def restore_files(args, size, restore_crops, need_landmarks=False):
     todo = [(file, result) for file, result in zip(files, results)
             if args.overwrite or not result.exists()]
     keep_freed_memory()
-    photos = torch.utils.data.DataLoader(_Photos(todo, args, size, need_landmarks),
-                                         batch_size=None,
+    about = SimpleNamespace(landmarks=args.landmarks, aligned=args.aligned, device=args.device)
+    work = functools.partial(_read_photo, about, size, need_landmarks)
+    photos = torch.utils.data.DataLoader(todo, batch_size=None, collate_fn=work,
                                          num_workers=_detecting(args.workers, args.device))
     progress = Progress("restoring", len(todo), quiet=len(files) == 1)
     failures = []
@@ -3040,31 +2955,17 @@ class _Photo(NamedTuple):
     found: torch.Tensor        # (N,68,2) in the file's pixels, if they were detected; else None
 
 
-class _Photos(torch.utils.data.Dataset):
-    """Reads pictures and cuts out their faces. An item is a _Photo, or what is wrong."""
-
-    def __init__(self, todo, args, size, need_landmarks):
-        self.todo = todo
-        self.args = SimpleNamespace(landmarks=args.landmarks, aligned=args.aligned,
-                                    device=args.device)
-        self.size = size
-        self.need_landmarks = need_landmarks
-
-    def __len__(self):
-        return len(self.todo)
-
-    def __getitem__(self, index):
-        file, result = self.todo[index]
-        try:
-            picture, matrices, points, found = _faces_of(file, self.size,
-                                                         self.args, self.need_landmarks)
-        except InputError as error:
-            return str(error)
-        crops = [warp_affine(picture, matrix, self.size, self.size, "border")
-                 for matrix in matrices]
-        landmarks = [transform_points(face, matrix) for face, matrix in zip(points, matrices)]
-        return _Photo(file, result, picture, torch.stack(matrices), torch.stack(crops),
-                      torch.stack(landmarks), found)
+def _read_photo(args, size, need_landmarks, job):
+    """Read a picture and cut out its faces → a _Photo, or what is wrong."""
+    file, result = job
+    try:
+        picture, matrices, points, found = _faces_of(file, size, args, need_landmarks)
+    except InputError as error:
+        return str(error)
+    crops = [warp_affine(picture, matrix, size, size, "border") for matrix in matrices]
+    landmarks = [transform_points(face, matrix) for face, matrix in zip(points, matrices)]
+    return _Photo(file, result, picture, torch.stack(matrices), torch.stack(crops),
+                  torch.stack(landmarks), found)
 
 
 def _restore_waiting(photos, restore_crops):
@@ -3196,9 +3097,13 @@ def _enlarged(photo, matrices, points):
 
 def run_script(main):
     """Run a script's main(). An InputError, or too little memory, becomes a line on
-    stderr and exit status 2; Ctrl-C status 130, SIGTERM 143, after cleaning up."""
+    stderr and exit status 2; Ctrl-C status 130, SIGTERM 143, after cleaning up.
+
+    What is raised while Python clears away an object is lost; the next step raises it again.
+    """
     def stop(number, frame):
-        raise SystemExit(128 + number)
+        Progress.stop = SystemExit(128 + number)
+        raise Progress.stop
 
     signal.signal(signal.SIGTERM, stop)
     name = Path(sys.argv[0]).name
@@ -3213,8 +3118,8 @@ def run_script(main):
         print(f"{name}: not enough memory; use a smaller --batch or --size", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on (a training with --resume, from its last checkpoint)",
-              file=sys.stderr)
+        print("\nstopped; the same command goes on (a training with --resume, from its last "
+              "checkpoint)", file=sys.stderr)
         sys.exit(130)
     finally:
         if torch.distributed.is_initialized():
@@ -3914,11 +3819,8 @@ def _random_light(rng):
 
 def _colour_skin(who, face, still, turn, gaze, light, maps, uv):
     """Colours (3,N), depths (N,) of skin, eyes, mouth and glasses at uv (2,N)."""
-    facing, depth, inner, seen, x, t = _sample(maps, uv).split([3, 1, 3, 1, 1, 1])
+    facing, depth, inner, (seen, x, t) = _sample(maps, uv).split([3, 1, 3, 3])
     albedo, slopes, gloss = _sample(who.texture, uv).split([3, 2, 1])
-    seen = seen[0]
-    x = x[0]
-    t = t[0]
     a = x.abs()
     down = turn[:, 1:2].expand_as(facing)
     across = torch.linalg.cross(down, facing, dim=0)
@@ -4055,9 +3957,8 @@ def _render_face(size, seed, identity, shot):
 
 
 def _render_person(size, seed, shots, identity):
-    """Pictures, uint8 (shots,3,size,size), and landmarks, float32 (shots,68,2)."""
-    faces = [_render_face(size, seed, identity, shot) for shot in range(shots)]
-    return np.stack([face[0] for face in faces]), np.stack([face[1] for face in faces])
+    """[(picture, landmarks), …] of a person's shots."""
+    return [_render_face(size, seed, identity, shot) for shot in range(shots)]
 
 
 class RenderedFaces(torch.utils.data.Dataset):
@@ -4094,17 +3995,14 @@ class RenderedFaces(torch.utils.data.Dataset):
         if len(self) > 64:
             print(f"rendering {len(self)} faces at {self.size} px ...", file=sys.stderr)
         people = len(self.names)
-        data = np.empty((people, self.per_identity), self.record)
         # A worker may not start workers. DataLoader gives each of its own one thread.
         nested = multiprocessing.current_process().daemon
         workers = 0 if nested else min(os.cpu_count() or 1, people)
         work = functools.partial(_render_person, self.size, seed, self.per_identity)
         loader = torch.utils.data.DataLoader(
             range(people), batch_size=None, num_workers=workers, collate_fn=work)
-        for number, (images, landmarks) in enumerate(loader):
-            data[number]["image"] = images
-            data[number]["landmarks"] = landmarks
-        return data.reshape(-1)
+        faces = (face for person in loader for face in person)
+        return np.fromiter(faces, self.record, len(self))
 
     def write(self, path):
         """Cache the faces. No process ever sees half a file: it is renamed when whole."""

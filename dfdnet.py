@@ -28,8 +28,8 @@ averaged. The dictionary's faces are not balanced by pose and expression. Withou
 on VGGFace2. Layers that the paper does not describe (MSDilate, the last convolutions) are
 the released network's. TINY differs from the paper in size, and in what Config says
 beside it. """
+import contextlib
 import json
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -62,10 +62,10 @@ class Config:
 
     encoder: str = "recogniser"              # Ψ; "vgg": VGG-Face, or VGG-19 without a file
     entries: int = 64                        # K, clusters for each component and scale
-    dictionary_images: int = 768             # faces that make the dictionaries; 10,000
-    kmeans_rounds: int = 15                  # of K-means, at most, from one start
-    component_base: int = 256                # pixels that component_sizes refers to
-    smallest: int = 4                        # the least of them
+    dictionary_images: int = 768             # faces for the dictionaries; 10,000 in the paper
+    kmeans_rounds: int = 15                  # rounds of K-means, at most
+    component_base: int = 256                # image size of 40, 40, 25, 55 (component_sizes)
+    smallest: int = 4                        # least side in component_sizes
 
     dft_scales: tuple = (1, 2, 3, 4)         # s of the DFT blocks; 1 is the finest
     cadain: bool = True                      # Eq. (3)
@@ -76,15 +76,15 @@ class Config:
     discriminator_width: int = 16
 
     weight_pixel: float = 100.0              # λ_l2
-    weight_perceptual: tuple = (0.1, 0.2, 0.4, 0.8)  # λ_p,1 … λ_p,4; paper's / 5
-    weight_adversarial: tuple = (0.2, 0.1, 0.05, 0.05)   # λ_a,1, 2, 4, 8; paper's / 20
+    weight_perceptual: tuple = (0.1, 0.2, 0.4, 0.8)  # λ_p,1 … λ_p,4; a 5th of the paper's
+    weight_adversarial: tuple = (0.2, 0.1, 0.05, 0.05)   # λ_a,1, 2, 4, 8; a 20th
 
     learning_rate: float = 3e-3              # 15 times the paper's: the network is small
     betas: tuple = (0.5, 0.999)              # β1, β2 of Adam
     clip: float | None = 1.0                 # longest gradient; the paper clips none
     cooldown: float = 0.3                    # last part of the steps: the rate falls to 0
-    patience: int | None = None              # validations without a better loss before
-    plateau: float = 0.5                     # the rate falls to this part of itself
+    patience: int | None = None              # so many validations may be no better: after
+    plateau: float = 0.5                     # one more the rate is multiplied by this
     steps: int = 450
     batch: int = 8                           # faces a process and step
     validate_every: int = 50                 # steps; also when a checkpoint is written
@@ -221,12 +221,12 @@ def match_features(part, entries, cadain=True):
     """Eq. (4): the k of the highest S_k = ⟨F^d, RDic_k⟩. part (B,C,h,w), entries
     (K,C,h,w) → (B,).
 
-    Restyling all K entries for every input is not needed. With Z_k the normalised entry,
-    RDic_k = σ Z_k + μ and S_k = Σ_c σ_c ⟨F_c, Z_k,c⟩ + Σ_c μ_c Σ F_c. The last sum is the
-    same for all k: it cannot change the winner. What is left is one matrix product of the
-    vector σ·F with the fixed matrix Z. As every Z_k,c sums to 0, F may be centred first,
-    which keeps the numbers small: what is dropped is a thousand times larger than the
-    differences between entries. Without CAdaIN, S_k = ⟨F, Dic_k⟩. """
+    No entry has to be restyled. With Z_k the normalised entry, RDic_k = σ Z_k + μ and
+    S_k = Σ_c σ_c ⟨F_c, Z_k,c⟩ + Σ_c μ_c Σ F_c. The second sum is the same for all k, so it
+    cannot change the winner: one product of the vector σ·F with the fixed matrix Z
+    decides. As every Z_k,c sums to 0, F may be centred first. That keeps the numbers
+    small: what it drops is a thousand times larger than the differences between entries.
+    Without CAdaIN, S_k = ⟨F, Dic_k⟩. """
     with torch.autocast(part.device.type, enabled=False):      # else scores have three digits
         return (matching_query(part, cadain) @ entries.flatten(1).T).argmax(1)
 
@@ -247,8 +247,8 @@ def convolution(before, after, dilation=1):
 
 
 def pair(before, after, dilation=1):
-    """Two convolutions, a LeakyReLU between: the block that scores confidence, scales,
-    shifts, dilates."""
+    """Two convolutions, a LeakyReLU between: confidence, α, β and MSDilate's branches are
+    such pairs."""
     return nn.Sequential(convolution(before, after, dilation), nn.LeakyReLU(0.2),
                          convolution(after, after, dilation))
 
@@ -296,8 +296,8 @@ class DFTBlock(nn.Module):
         setattr(self, name, stored)
 
     def entries(self, index):
-        """Those of component number `index`, (K,C,h,w), stored flat: the order that
-        matching reads."""
+        """Dic of component number `index`, (K,C,h,w). It is stored flat, in the order in
+        which matching reads it."""
         size = self.sizes[index]
         return getattr(self, COMPONENTS[index]).unflatten(2, (size, size))
 
@@ -487,18 +487,14 @@ def adversarial_loss(fake, weights):
 class Batches(torch.utils.data.Dataset):
     """Training batch number `step`, from 0: (degraded, target, boxes).
 
-    Every face has a random stream of its own, (seed, step, place in the whole batch): a
-    resumed run sees what an unbroken one would have seen, and two processes see what one
-    with twice their batch would. """
+    Every face draws from a random stream of its own, (seed, step, place in the whole batch):
+    resuming, or more processes of smaller batches, changes nothing. """
 
     def __init__(self, faces, indices, cfg):
         self.faces = faces
         self.indices = indices
         self.cfg = cfg
         self.first = common.rank() * cfg.batch
-
-    def __len__(self):
-        return self.cfg.steps
 
     def sample(self, step, place):
         """One face: degraded, target (3,H,W), boxes (4,4)."""
@@ -573,8 +569,9 @@ def component_features(cfg, encoder, faces, indices, scale, progress):
 def build_dictionary(cfg, encoder, faces, indices, quiet=False):
     """Eq. (1): Dic_{s,c} = K-means of the components' features in sharp faces.
 
-    → {"scale1": {component: (K,C,h,w) float16}, …}, and of scale 4 {component: (the
-    cluster of each face, its distance)}. One pass over the faces a scale bounds memory.
+    → {"scale1": {component: (K,C,h,w) float16}, …}, and for scale 4 {component: (the
+    cluster of every face, its distance to the centre)}. Each scale is a pass over the
+    faces of its own: that keeps memory small.
     """
     dictionary = {}
     progress = common.Progress("dictionaries", 4 * len(indices), quiet=quiet)
@@ -595,8 +592,8 @@ def build_dictionary(cfg, encoder, faces, indices, quiet=False):
 
 
 def draw_dictionary(cfg, faces, indices, members):
-    """A picture: of the six largest clusters of each component the five faces nearest to
-    the centre."""
+    """For each component six rows, its largest clusters; in a row the five faces nearest
+    to the centre."""
     columns = {}
     count = min(6, *(len(cluster.unique()) for cluster, _ in members.values()))
     for number, (name, (cluster, distance)) in enumerate(members.items()):
@@ -613,9 +610,9 @@ def draw_dictionary(cfg, faces, indices, members):
 
 
 def prepare(cfg, args, faces, people):
-    """Encoder, dictionaries and their key, frozen: read from the dictionary.pt beside the
-    checkpoint; where none fits, made of the faces `people` or those of
-    --dictionary-data."""
+    """Encoder, dictionaries and their key, all frozen. They are read from the dictionary.pt
+    beside the checkpoint. Where that does not fit they are made, of the faces `people` or
+    of --dictionary-data."""
     if args.resume:
         return load_frozen(args, args.state.get("dictionary_key"))
     sources = faces
@@ -628,22 +625,15 @@ def prepare(cfg, args, faces, people):
                       cfg.seed])
     path = args.checkpoint.with_name("dictionary.pt")
     with common.first():
-        if not is_dictionary(path, key):
-            encoder = common.load_encoder(cfg.encoder, args, faces)
-            dictionary, members = build_dictionary(cfg, encoder, sources, indices)
-            picture = draw_dictionary(cfg, sources, indices, members)
-            common.write_image(path.with_suffix(".png"), picture)
-            common.save_checkpoint(path, {"key": key, "encoder": common.pack(encoder),
-                                          "dictionary": dictionary})
+        with contextlib.suppress(InputError):           # none there, damaged, or others
+            return load_frozen(args, key)
+        encoder = common.load_encoder(cfg.encoder, args, faces)
+        dictionary, members = build_dictionary(cfg, encoder, sources, indices)
+        picture = draw_dictionary(cfg, sources, indices, members)
+        common.write_image(path.with_suffix(".png"), picture)
+        common.save_checkpoint(path, {"key": key, "encoder": common.pack(encoder),
+                                      "dictionary": dictionary})
     return load_frozen(args, key)
-
-
-def is_dictionary(path, key):
-    """Whether the file holds these dictionaries; one that is damaged does not."""
-    try:
-        return path.is_file() and common.load_weights(path).get("key") == key
-    except InputError:
-        return False
 
 
 def load_frozen(args, key):
@@ -714,9 +704,8 @@ def train(cfg, args):
         if run.due(step):
             run.save(step, validate(net, faces, validation, cfg))
 
-    table = evaluate(net, faces, test, cfg, args)
-    pictures = samples(net, faces, test, cfg, args.precision)
-    common.report(run, table, pictures)
+    common.report(run, evaluate(net, faces, test, cfg, args),
+                  samples(net, faces, test, cfg, args.precision))
 
 
 @torch.inference_mode()
@@ -781,13 +770,13 @@ def evaluate(net, faces, indices, cfg, args):
     for task, scale in common.TASKS.items():
         batches = restored_batches(net, faces, indices, cfg, scale,
                                    precision=args.precision)
-        table[task] = common.measure(batches, metrics)
+        table[task] = common.measure({"restored": batches}, metrics)
     return table
 
 
 def match_coarsely(part, entries, cadain=True):
-    """match_features for entries in half precision: the eight best by coarse scores get
-    exact ones."""
+    """match_features for entries in half precision: coarse scores choose eight, exact
+    scores the best of these."""
     query = matching_query(part, cadain)
     entries = entries.flatten(1)
     with torch.autocast(part.device.type, enabled=False):
@@ -799,16 +788,16 @@ def match_coarsely(part, entries, cadain=True):
 
 
 def entry_type(device, precision):
-    """The type entries are kept in to restore with: the authors' take 3 GB in float32.
-    Where features are computed in bfloat16, rounding the entries adds little error."""
+    """The type of the entries while restoring. In float32 the authors' take 3 GB; where
+    features are bfloat16, rounding the entries adds little error."""
     with common.autocast(device, precision):
         return torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
 
 
 def for_restoration(net, device, precision="auto"):
     """The network and its encoder made ready to restore with, for good: see
-    common.for_inference. Entries are cast, too. Those of --variant no-cadain are not:
-    without centring their scores differ too little."""
+    common.for_inference. Entries are cast as well, except those of --variant no-cadain:
+    not centred, their scores differ too little."""
     common.for_inference(net.encoder, device, precision)
     common.for_inference(net, device, precision)
     dtype = entry_type(device, precision)
@@ -839,15 +828,13 @@ def main(argv=None):
                         help="faces that make the dictionaries (default: the training's)")
     parser.add_argument("--official-dictionary", metavar="DIR",
                         help="for --weights: the authors' folder DictionaryCenter512")
-    parser.add_argument("--vgg", metavar="FILE",
-                        help="for --weights without a VGG-19: torchvision's")
     args = common.parse(parser, argv, SCRIPT)
     if args.weights and not args.official_dictionary:
         raise InputError("--weights wants --official-dictionary: the folder of the "
                          "authors' 16 files *_center.npy")
-    if not args.weights and (args.official_dictionary or args.vgg):
-        raise InputError("--official-dictionary and --vgg belong to --weights, the "
-                         "authors' network; a trained one has its dictionary.pt")
+    if args.official_dictionary and not args.weights:
+        raise InputError("--official-dictionary belongs to --weights, the authors' "
+                         "network; a trained one has its dictionary.pt")
     if args.train:
         for run in common.planned_runs(args, SCRIPT, PRESETS, VARIANTS, CLAIMS, PAPER_FIGURES,
                                        prepared="entries"):
@@ -857,7 +844,7 @@ def main(argv=None):
         return 0
 
     if args.weights:
-        net = load_official(args.weights, args.official_dictionary, args.vgg,
+        net = load_official(args.weights, args.official_dictionary,
                             entry_type(args.device, args.precision))
         cfg = net.cfg
     else:
@@ -867,9 +854,8 @@ def main(argv=None):
         faces = common.load_faces(args, cfg)
         test = common.test_faces(faces, args, cfg.tested)
         run = common.Run(SCRIPT, cfg, args, faces)
-        table = evaluate(net, faces, test, cfg, args)
-        pictures = samples(net, faces, test, cfg, args.precision)
-        common.report(run, table, pictures)
+        common.report(run, evaluate(net, faces, test, cfg, args),
+                      samples(net, faces, test, cfg, args.precision))
         return 0
 
     def restore_crops(crops, landmarks, files):
@@ -957,7 +943,7 @@ def official_names():
     vgg = ((0, 2), (5, 7), (10, 12, 14, 16), (19, 21, 23, 25), (28, 30, 32, 34))
     for block, numbers in enumerate(vgg):
         for layer, number in enumerate(numbers):
-            there = rf"VggExtract\.model\.features\.{number}\.(.+)"
+            there = rf"VggExtract\.(?:model\.features|features\.\d)\.{number}\.(.+)"
             table.append((there, rf"encoder.blocks.{block}.{layer}.\1"))
     return table
 
@@ -979,14 +965,13 @@ def official_entries(source, name, channels, side):
     return array.view(-1, channels, side, side)
 
 
-def load_official(source, dictionary, vgg=None, entries=torch.float32):
+def load_official(source, dictionary, entries=torch.float32):
     """latest_net_G.pth as its authors released it → the network, frozen.
 
     source: a file, its address or its state dict; dictionary: the folder of *_center.npy
     or {file name: array}. The network: degraded (B,3,512,512) in [-1,1], boxes (B,4,4) →
-    restored (B,3,512,512). The file holds the authors' VGG-19; what of it is missing is
-    taken from `vgg`, a file of torchvision's. `entries` is the type that the dictionary
-    is kept in, see entry_type. InputError for what does not fit. """
+    restored (B,3,512,512). `entries`: the type that the dictionary is kept in, see
+    entry_type. InputError for what does not fit. """
     sides = {scale: 512 >> scale for scale in RELEASED.dft_scales}
     names = [f"{name}_{side}_center.npy" for side in sides.values() for name in COMPONENTS]
     there = dictionary
@@ -997,20 +982,10 @@ def load_official(source, dictionary, vgg=None, entries=torch.float32):
         raise InputError(f"{folder}: {len(missing)} of the 16 files *_center.npy are missing, "
                          f"the first {missing[0]}; give the folder that the authors released")
 
-    state = {}
-    if vgg is not None:
-        for name, value in common.read_published(vgg).items():
-            state[f"VggExtract.model.{name}"] = value
-        state["VggExtract.RGB_mean"] = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
-        state["VggExtract.RGB_std"] = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-    # features.0.2 is model.features.2 again
-    for name, value in common.read_published(source).items():
-        state[re.sub(r"^VggExtract\.features\.\d\.", "VggExtract.model.features.", name)] = value
     encoder = common.VGG(last_relu=False)
     net = ReleasedDFDNet(replace(RELEASED, entries=1), encoder)
-    common.load_named(nn.ModuleDict({"net": net, "encoder": encoder}), state, official_names(),
-                      "DFDNet's weights", "the state dict" if isinstance(source, dict) else source)
-    del state  # before the dictionary comes, which is larger: one file at a time
+    common.load_named(nn.ModuleDict({"net": net, "encoder": encoder}), source,
+                      official_names(), "DFDNet's weights")
     for scale, side in sides.items():
         for name, size in zip(COMPONENTS, RELEASED.component_sizes[scale - 1]):
             part = official_entries(dictionary, f"{name}_{side}_center.npy",

@@ -25,14 +25,14 @@ Equation → name
     python dmdnet.py --restore photo.jpg --dictionary person.pt  # made once, used again
 
 Open in the paper, chosen here: the layers (those of the released network where they fit).
-To extract all Y generic pictures at every step would cost many times the rest of it. The
-first stage extracts a few in turn, with gradient; the others keep their last keys and
-values. The second stage writes a few other sharp faces a step, each into the item with
-the nearest key. What these stages write they do not restore: no face reads itself. Stages
-end after a share of the steps. References come in after the first, when Θ_spe starts as a
-copy of Θ_gen. The change of a component is pasted back, the mean where boxes overlap. The
-factor of Eq. (14) stands inside its norm. TINY differs from the paper in size, and in
-what Config says beside it.
+To extract all Y generic pictures at every step would cost many times as much as the rest
+of the step. So the first stage extracts a few in turn, with gradient; the other items keep
+their last keys and values. The second stage writes a few other sharp faces a step, each
+into the item with the nearest key. A picture is either written or restored: no face reads
+itself. Stages end after a share of the steps. References come in after the first, when
+Θ_spe starts as a copy of Θ_gen. The change of a component is pasted back, the mean where
+boxes overlap. The factor of Eq. (14) stands inside its norm. TINY differs from the paper
+in size, and in what Config says beside it.
 """
 import itertools
 import math
@@ -71,7 +71,7 @@ class Config:
     # Dictionaries
     items: int = 128                         # Y, of the generic dictionary
     references: int = 5                      # N, at most; 21 in the paper
-    drawn: int = 3                           # N in training, at most; N in the paper
+    drawn: int = 3                           # N in training, at most; in the paper all
     components: tuple = COMPONENTS           # p, those that have dictionaries
     sides: tuple = (16, 16, 12, 20)          # of COMPONENTS, see component_sizes
     scales: tuple = (1, 2, 3)                # with dictionaries; 1 is the finest
@@ -95,7 +95,7 @@ class Config:
     weight_pixel: float = 300.0              # λ_mse
     weight_perceptual: float = 2.0           # λ_perc; 1 in the paper: another Φ
     weight_style: float = 1.0                # λ_style; 0.1 in the paper
-    weight_adversarial: tuple = (0.8, 0.2, 0.1)    # λ_a,r, r = 1, 2, 4; paper's / 5
+    weight_adversarial: tuple = (0.8, 0.2, 0.1)    # λ_a,r, r = 1, 2, 4; a 5th of the paper's
 
     # Training
     learning_rate: float = 1e-3              # 5 times the paper's: the network is small
@@ -103,8 +103,8 @@ class Config:
     betas: tuple = (0.5, 0.999)              # β1, β2 of Adam
     clip: float | None = 1.0                 # longest gradient; the paper clips none
     cooldown: float = 0.3                    # last part of the steps: the rate falls to 0
-    patience: int | None = None              # validations without a better loss, then the
-    plateau: float = 0.5                     # rate falls to so much of itself
+    patience: int | None = None              # so many validations may be no better: after
+    plateau: float = 0.5                     # one more the rate is multiplied by this
     shift: float = 0.02                      # largest change of place
     jitter: float = 0.1                      # and of brightness and contrast
     steps: int = 340
@@ -667,7 +667,7 @@ class DMDNet(nn.Module):
         return self.read_and_paint(degraded, boxes, specific, owner, generic)
 
     def read_and_paint(self, degraded, boxes, specific=None, owner=None, generic=None):
-        """The same with the specific dictionary of the references instead of them."""
+        """forward, given the references' specific dictionary in place of the references."""
         generic = generic or self.generic_dictionary()
         allowed = specific and allowed_items(specific, owner, len(degraded))
         boxes = part_boxes(self.cfg, boxes)
@@ -688,7 +688,7 @@ class DMDNet(nn.Module):
 
 
 def allowed_items(specific, owner, faces):
-    """Which items of a specific dictionary each face may read, its own: (faces,M)."""
+    """(faces,M): True where an item is of the face's own person, all that it may read."""
     keys, _ = next(iter(specific.values()))
     if owner is None:
         return torch.ones(faces, len(keys), dtype=torch.bool, device=keys.device)
@@ -798,8 +798,8 @@ def with_references(faces, i, count, generator):
 
 
 def choose_generic(faces, pictures, items):
-    """The Y pictures of Eq. (2): one of each person, then second ones, and so on; where
-    there are fewer than Y, all again."""
+    """The Y pictures of Eq. (2): one of each person, then a second of each, and so on; from
+    the start again where there are fewer than Y."""
     people = {}
     for i in pictures:
         people.setdefault(int(faces.identity[i]), []).append(i)
@@ -815,9 +815,8 @@ class Batches(torch.utils.data.Dataset):
     face, with reference_boxes and owner (M,); in the first two stages sharp faces for the
     generic dictionary with sharp_boxes, in the first their places in it.
 
-    Every face has a random stream of its own, (seed, step, place in the whole batch): a
-    resumed run sees what an unbroken one would have seen, and two processes see what one
-    with twice their batch would.
+    Every face draws from a random stream of its own, (seed, step, place in the whole batch):
+    resuming, or more processes of smaller batches, changes nothing.
     """
 
     def __init__(self, faces, indices, cfg):
@@ -833,9 +832,6 @@ class Batches(torch.utils.data.Dataset):
         self.written = shuffled[:half]
         self.restored = shuffled[half:] or shuffled
         self.generic = choose_generic(faces, self.written, cfg.items)
-
-    def __len__(self):
-        return self.cfg.steps
 
     def sample(self, step, place):
         """One face: degraded (3,H,W); sharp with its references behind, (1+N,3,H,W), and
@@ -855,8 +851,8 @@ class Batches(torch.utils.data.Dataset):
         return degraded[0], images, common.component_boxes(landmarks, cfg.size)
 
     def faces_to_write(self, step):
-        """The pictures that a step writes into the generic dictionary, and their places,
-        None in the second stage. The same in all processes."""
+        """The pictures that a step writes into the generic dictionary, and their items; in
+        the second stage Eq. (3) finds the items: None. All processes write the same."""
         cfg = self.cfg
         if stage_of(step + 1, cfg) == 0:
             count = min(cfg.renewed, cfg.items)
@@ -914,12 +910,12 @@ def begin_stage(step, run, net, memory, data, optimizer):
     if stage == before:
         return stage
     run.say(f"step {step}: {STAGES[stage]}")
-    run.forget_best()                              # losses of two stages do not compare
+    run.forget_best()                              # losses of two stages cannot be compared
     if before == 0 and net.extract_specific is not None:
         net.extract_specific.load_state_dict(memory.extract.state_dict())
     if 0 in (before, stage):
         fill_generic(net, memory, data, run.args.precision)
-    if stage == 2:                                 # η begins whole, whatever run.factor
+    if stage == 2:                                 # η is not reduced by plateaus before
         items["times"] = cfg.dictionary_rate / (cfg.learning_rate * run.factor)
     return stage
 
@@ -991,9 +987,8 @@ def train(cfg, args):
         if run.due(step):
             run.save(step, validate(net, encoder, faces, validation, cfg, stage))
 
-    table = evaluate(net, faces, test, cfg, args)
-    pictures = samples(net, faces, test, cfg, args.precision)
-    common.report(run, table, pictures)
+    common.report(run, evaluate(net, faces, test, cfg, args),
+                  samples(net, faces, test, cfg, args.precision))
 
 
 @torch.inference_mode()
@@ -1064,7 +1059,8 @@ def draw_readings(net, batch):
 
 def specific_dictionary(net, references, landmarks, batch=8, precision="auto"):
     """Eq. (6): sharp faces (N,3,size,size) of a person, landmarks (N,68,2) → the person's
-    dictionary, on the network's device. Another picture adds an item and no training."""
+    dictionary, on the network's device. Another picture is another item; nothing is
+    trained."""
     if net.extract_specific is None:
         raise InputError(f"a network of --variant {net.cfg.variant} has no specific "
                          "dictionary; restore without references")
@@ -1131,8 +1127,8 @@ def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto"
 def evaluate(net, faces, indices, cfg, args):
     """The paper's ×4 and ×8 and random scales on held-out faces → "test" of result.json.
 
-    Restored with all references of each face; in other columns without any, and with
-    those of somebody else.
+    Restored with all references of each face; in further columns with none, and with
+    somebody else's.
     """
     metrics = common.metrics(faces, args)
     fid = common.load_fid(args)
@@ -1141,23 +1137,20 @@ def evaluate(net, faces, indices, cfg, args):
         ways["without_references"] = replace(cfg, references=0), False
         if len(faces.identity[indices].unique()) > 1:
             ways["stranger"] = cfg, True
-    columns = {"input": "degraded"} | {way: way for way in ways}
     table = {}
     for task, scale in common.TASKS.items():
-        runs = [restored_batches(net, faces, indices, one, scale,
-                                 precision=args.precision, mistaken=mistaken)
-                for one, mistaken in ways.values()]
-        batches = (same[0] | {way: batch["restored"] for way, batch in zip(ways, same)}
-                   for same in zip(*runs))
-        table[task] = common.measure(batches, metrics, columns, fid)
+        batches = {way: restored_batches(net, faces, indices, one, scale,
+                                         precision=args.precision, mistaken=mistaken)
+                   for way, (one, mistaken) in ways.items()}
+        table[task] = common.measure(batches, metrics, fid)
     return table
 
 
 def for_restoration(net, device, precision="auto"):
     """The network made ready to restore with, for good: see common.for_inference.
 
-    Θ_spe stays as it is, so that a stored dictionary fits at every precision; so do the
-    transforms, which work in float32.
+    Θ_spe keeps its precision, so that a stored dictionary fits whatever --precision is;
+    so do the transforms, which work in float32.
     """
     exact = "extract_specific", "transforms"
     return common.for_inference(net, device, precision, exact)
@@ -1209,8 +1202,8 @@ def person_of(net, args):
 
 
 def readings_of(net, degraded, landmarks, specific, faces, precision="auto"):
-    """For --check: what the generic memory makes of each face alone, and which of the
-    person's faces each component reads most at the finest scale, Eq. (7)."""
+    """For --check: each face by the generic memory alone, and for each component the
+    reference that it reads most, Eq. (7), at the finest scale."""
     shown = {"generic memory": restore(net, degraded, landmarks, precision=precision)}
     for face in range(len(degraded)):                   # net.readings are of one call alone
         one = slice(face, face + 1)
@@ -1257,9 +1250,8 @@ def main(argv=None):
         faces = common.load_faces(args, cfg)
         test = common.test_faces(faces, args, cfg.tested)
         run = common.Run(SCRIPT, cfg, args, faces)
-        table = evaluate(net, faces, test, cfg, args)
-        pictures = samples(net, faces, test, cfg, args.precision)
-        common.report(run, table, pictures)
+        common.report(run, evaluate(net, faces, test, cfg, args),
+                      samples(net, faces, test, cfg, args.precision))
         return 0
     person, faces = person_of(net, args)
     if args.save_dictionary:
@@ -1334,13 +1326,10 @@ def cut_components(features, boxes, stride, sizes):
 
 def adain(reading, part):
     """(F̃ − μ(F̃)) / σ(F̃) · σ(F^d) + μ(F^d), each channel by itself; (B,C,n,n)."""
-    def statistics(x):
-        variance, mean = torch.var_mean(x, (2, 3), keepdim=True)
-        return mean, (variance + 1e-5).sqrt()
-
-    mean, deviation = statistics(reading)
-    own_mean, own_deviation = statistics(part)
-    return (reading - mean) / deviation * own_deviation + own_mean
+    variance, mean = torch.var_mean(reading, (2, 3), keepdim=True)
+    own_variance, own_mean = torch.var_mean(part, (2, 3), keepdim=True)
+    normalised = (reading - mean) / (variance + 1e-5).sqrt()
+    return normalised * (own_variance + 1e-5).sqrt() + own_mean
 
 
 class ReleasedExtractor(MemoryExtractor):
@@ -1396,12 +1385,6 @@ class ReleasedDMDNet(DMDNet):
                                reference_boxes.flatten(0, 1), owner)
 
 
-SPECTRAL = [                                 # the older way to store spectral norm
-    (r"(.*)\.weight_orig", r"\1.parametrizations.weight.original"),
-    (r"(.*)\.weight_(u|v)", r"\1.parametrizations.weight.0._\2"),
-]
-
-
 def official_names():
     """[(names in DMDNet.pth, names here)], patterns as for common.renamed."""
     table = [
@@ -1449,10 +1432,8 @@ def official_names():
 def load_official(source):
     """DMDNet.pth as its authors released it, a file, its address or its state dict → the
     network, frozen. InputError for what does not fit."""
-    name = "DMDNet's weights"
-    state = common.renamed(common.read_published(source, name), SPECTRAL)
-    file = "the state dict" if isinstance(source, dict) else source
-    return common.load_named(ReleasedDMDNet(RELEASED), state, official_names(), name, file)
+    return common.load_named(ReleasedDMDNet(RELEASED), source, official_names(),
+                             "DMDNet's weights")
 
 
 if __name__ == "__main__":

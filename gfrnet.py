@@ -25,9 +25,10 @@ Eq. (6) a mean; the generator's side of Eq. (7) is the non-saturating −log D; 
 last layer starts at 0, so that the flow starts as the identity, all others as He's
 (pix2pix's normal of 0.02 in the discriminators); the landmark box is resized to half the
 image for the local discriminator. All pictures of a person are used; the authors picked
-at most five good ones. Ours(R) of Table 1 gets somebody else's guide; whether it was also
-trained so is not said. The variant `random-guide` is, and every other guided network is
-measured with such guides as well: the column `stranger` of its tables.
+at most five good ones. Ours(R) of Table 1 is guided by a picture of somebody else; whether
+it was also trained so the paper does not say. The variant `random-guide` is trained and
+measured so. What the other guided variants make of a stranger's guide stands in the column
+`stranger`.
 TINY differs from the paper in size, and in what Config says beside it.
 """
 import math
@@ -69,7 +70,7 @@ class Config:
     encoder: str = "recogniser"      # ψ; "vgg": VGG-Face, or VGG-19 without a file
     weight_pixel: float = 100.0      # λ_r,0
     weight_perceptual: float = 0.3   # λ_r,l; 0.001 in the paper, with another encoder
-    weight_adversarial: tuple = (0.03, 0.015)    # λ_a,g, λ_a,l; the paper's / 33
+    weight_adversarial: tuple = (0.03, 0.015)    # λ_a,g, λ_a,l; a 33rd of the paper's
     weight_landmark: float = 10.0    # λ_lm
     weight_tv: float = 0.05          # λ_TV; 1 in the paper
     smooth: float = 0.9              # label of a true picture for the discriminators
@@ -77,10 +78,10 @@ class Config:
     learning_rate: float = 2e-3      # 10 times the paper's: the network is small
     betas: tuple = (0.5, 0.999)      # β1, β2 of Adam
     cooldown: float = 0.3            # last part of the steps: the rate falls to 0
-    patience: int | None = None      # validations that are no better, then the rate
-    plateau: float = 0.1             # falls to this part of itself
+    patience: int | None = None      # so many validations may be no better: after one
+    plateau: float = 0.1             # more the rate is multiplied by this
     warp_share: float = 0.625        # first part of the steps: WarpNet alone
-    steps: int = 1600                # without a flow loss WarpNet's own are left out
+    steps: int = 1600                # in all; without a flow loss WarpNet's own are skipped
     batch: int = 8                   # pairs a process and step
     shift: float = 0.02              # largest random change of place, a part of the size
     validate_every: int = 100        # steps; also when a checkpoint is written
@@ -128,7 +129,7 @@ PAPER_FIGURES = {name: dict(zip(COLUMNS, row)) for name, row in {       # there,
     "no-guide-2x": (27.20, 0.932, 23.22, 0.863),
     "random-guide": (27.90, 0.943, 24.05, 0.890),
 }.items()}
-CLAIMS = [                           # of Table 1; without a guide it is who one sees
+CLAIMS = [                           # of Table 1; against rows without a guide: identity
     Claim("full", "random-guide"), Claim("full", "no-flow-loss"), Claim("full", "no-warp"),
     Claim("full", "no-warp-2x"), Claim("full", "no-guide", "identity"),
     Claim("full", "no-guide-2x", "identity")]
@@ -167,7 +168,7 @@ class EncoderDecoder(nn.Module):
     BatchNorm in the encoder's first and the decoder's last layer, nor at 1×1, where there
     is nothing to normalise. With `skips`, layer i is concatenated to layer L−i as its
     LeakyReLU leaves it (pix2pix rectifies it again). At batch 1, the paper's, BatchNorm
-    takes each image's own statistics, also when it restores: that is InstanceNorm. The
+    takes each image's own statistics, when restoring as well: it is InstanceNorm. The
     decoder starts as bilinear doublings and random 1×1 convolutions, (B,C,h,w) →
     (B,C',2h,2w): random kernels of stride 2 leave a lattice.
     """
@@ -364,8 +365,8 @@ def discriminator_loss(real, fake, smooth=0.9):
 
 
 def adversarial_loss(fake, weights):
-    """Eq. (8): λ_a,g ℓ_a,g + λ_a,l ℓ_a,l, with ℓ = −E[log D(Î)], which has the gradient
-    that log(1 − D) lacks while D wins."""
+    """Eq. (8): λ_a,g ℓ_a,g + λ_a,l ℓ_a,l, with ℓ = −E[log D(Î)]: while D wins, log(1 − D)
+    has next to no gradient."""
     return sum(w * F.softplus(-f.float()).mean() for w, f in zip(weights, fake))
 
 
@@ -407,13 +408,6 @@ def flow_loss(flow, landmarks, guide_landmarks, cfg):
 # 5. Data
 # --------------------------------------------------------------------------------------
 
-def eye_opening(eye):
-    """Height of an eye as a part of its width: its six landmarks (N,6,2) → (N,)."""
-    width = (eye[:, 0] - eye[:, 3]).norm(dim=1)
-    height = (eye[:, [1, 2]] - eye[:, [5, 4]]).norm(dim=2).mean(1)
-    return height / width
-
-
 def guide_score(landmarks):
     """How far a face is from frontal with open eyes: (N,68,2) → (N,), 0 is best.
 
@@ -423,17 +417,18 @@ def guide_score(landmarks):
     left = (landmarks[:, 30] - landmarks[:, 0]).norm(dim=1)
     right = (landmarks[:, 30] - landmarks[:, 16]).norm(dim=1)
     turned = (left - right).abs() / (left + right)
-    left_eye = eye_opening(landmarks[:, 36:42])
-    right_eye = eye_opening(landmarks[:, 42:48])
-    closed = torch.minimum(left_eye, right_eye) < 1 / 7
+    eyes = landmarks[:, 36:48].unflatten(1, (2, 6))
+    width = (eyes[:, :, 0] - eyes[:, :, 3]).norm(dim=2)                     # (N,2)
+    height = (eyes[:, :, [1, 2]] - eyes[:, :, [5, 4]]).norm(dim=3).mean(2)
+    closed = (height / width).amin(1) < 1 / 7
     return turned + closed.float()
 
 
 def choose_guides(faces, indices):
     """The guide of each picture, {i: j}: the person's best picture by `guide_score`.
 
-    As in the paper a guide is not restored itself. So it is left out, and with it whoever
-    has one picture only.
+    As in the paper a guide is not restored itself: it is no key. Nor is the picture of a
+    person who has only one.
     """
     best = {}
     for who in faces.identity[list(indices)].unique().tolist():
@@ -449,8 +444,8 @@ def choose_guides(faces, indices):
 
 
 def draw_stranger(faces, guides, i, generator):
-    """Ours(R) of Table 1: somebody else's guide for picture i, drawn at random; where all
-    guides show one person, any picture of somebody else."""
+    """Ours(R) of Table 1: a guide of somebody else for picture i, drawn at random. Where
+    all guides show one person: any picture of somebody else."""
     people = torch.tensor(sorted(set(guides.values())))
     strangers = people[faces.identity[people] != faces.identity[i]]
     if len(strangers) == 0:
@@ -469,9 +464,8 @@ class Batches(torch.utils.data.Dataset):
     """Training batch number `step`, from 0: (degraded, target, guide, landmarks,
     guide_landmarks).
 
-    Every pair has a random stream of its own, (seed, step, place in the whole batch): a
-    resumed run sees what an unbroken one would have seen, and two processes see what one
-    with twice their batch would.
+    Every pair draws from a random stream of its own, (seed, step, place in the whole batch):
+    resuming, or more processes of smaller batches, changes nothing.
     """
 
     def __init__(self, faces, indices, cfg):
@@ -480,9 +474,6 @@ class Batches(torch.utils.data.Dataset):
         self.guides = choose_guides(faces, indices)
         self.targets = list(self.guides)
         self.first = common.rank() * cfg.batch
-
-    def __len__(self):
-        return self.cfg.steps
 
     def sample(self, step, place):
         """One pair, flipped together: images (3,H,W), landmarks (68,2)."""
@@ -565,12 +556,11 @@ def train(cfg, args):
         run.log(step, losses)
         if run.due(step):
             if step + skipped - cfg.validate_every <= warp_steps:
-                run.forget_best()                  # it is a loss of before RecNet began
+                run.forget_best()                  # that loss is from before RecNet learned
             run.save(step, validate(net, encoder, faces, validation, cfg))
 
-    table = evaluate(net, faces, test, cfg, args)
-    pictures = samples(net, faces, test, cfg, args.precision)
-    common.report(run, table, pictures)
+    common.report(run, evaluate(net, faces, test, cfg, args),
+                  samples(net, faces, test, cfg, args.precision))
 
 
 @torch.inference_mode()
@@ -610,8 +600,8 @@ def samples(net, faces, indices, cfg, precision="auto"):
 
 
 def draw_flow(batch):
-    """A column a face: the guide under the lines that the flow makes straight, and the
-    warped guide under these straight lines, with the target's landmarks."""
+    """A column a face. Above: the guide under a grid, bent to where the flow reads it.
+    Below: the warped guide under the grid, now straight, and the target's landmarks."""
     count, _, size, _ = batch["guide"].shape
     figure = matplotlib.figure.Figure(figsize=(2.5 * count, 5), layout="constrained")
     axes = figure.subplots(2, count, squeeze=False)
@@ -627,7 +617,8 @@ def draw_flow(batch):
 
 
 def draw_grid(axis, image, flow):
-    """An image under lines: where a flow (2,H,W) finds eight of its rows and columns."""
+    """An image (3,H,W) under lines: the places that a flow (2,H,W) reads for eight rows
+    and eight columns."""
     size = image.shape[-1]
     x, y = ((flow + 1) * size - 1) / 2                        # in pixels
     axis.imshow(common.to_uint8(image).permute(1, 2, 0).numpy())
@@ -656,8 +647,7 @@ def restore(net, degraded, guides, batch=8, precision="auto"):
 
 
 def restored_batches(net, faces, indices, cfg, scale, batch=16, precision="auto"):
-    """Held-out faces in batches, a dict of all that belongs to them ("faces": their
-    indices)."""
+    """Held-out faces in batches, by name; "faces" are their indices in the data."""
     guides = choose_guides(faces, indices)
     targets = list(guides)
     for start in range(0, len(targets), batch):
@@ -686,19 +676,15 @@ def evaluate(net, faces, indices, cfg, args):
     The column `stranger` is what a guided network makes of somebody else's guide.
     """
     metrics = common.metrics(faces, args)
-    columns = {"input": "degraded", "restored": "restored"}
+    ways = {"restored": cfg}
     if cfg.guided and not cfg.stranger and len(faces.identity.unique()) > 1:
-        columns["stranger"] = "mistaken"
-    wrong = replace(cfg, stranger=True)
-    precision = args.precision
+        ways["stranger"] = replace(cfg, stranger=True)
     table = {}
     for task, scale in common.TASKS.items():
-        batches = restored_batches(net, faces, indices, cfg, scale, precision=precision)
-        others = restored_batches(net, faces, indices, wrong, scale, precision=precision)
-        if "stranger" in columns:
-            batches = (batch | {"mistaken": other["restored"]}
-                       for batch, other in zip(batches, others))
-        table[task] = common.measure(batches, metrics, columns)
+        batches = {way: restored_batches(net, faces, indices, one, scale,
+                                         precision=args.precision)
+                   for way, one in ways.items()}
+        table[task] = common.measure(batches, metrics)
     return table
 
 
@@ -736,16 +722,14 @@ def main(argv=None):
     net = common.for_inference(net, args.device, args.precision)
     if args.evaluate:
         faces = common.load_faces(args, cfg, need_landmarks=True)
-        test = list(choose_guides(faces, common.test_faces(faces, args, None)))
-        if faces.fingerprint == args.state["data"]["fingerprint"]:
-            test = common.spread(test, cfg.tested)
+        test = common.test_faces(faces, args, cfg.tested,
+                                 lambda some: list(choose_guides(faces, some)))
         run = common.Run(SCRIPT, cfg, args, faces)
-        table = evaluate(net, faces, test, cfg, args)
-        pictures = samples(net, faces, test, cfg, args.precision)
-        common.report(run, table, pictures)
+        common.report(run, evaluate(net, faces, test, cfg, args),
+                      samples(net, faces, test, cfg, args.precision))
         return 0
 
-    guide = torch.zeros(1, 3, cfg.size, cfg.size)             # no-guide never looks at it
+    guide = torch.zeros(1, 3, cfg.size, cfg.size)             # without a guide nobody looks at it
     if cfg.guided:
         if args.reference is None:
             raise InputError("--restore wants --reference: a sharp picture of the same "

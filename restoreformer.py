@@ -27,8 +27,9 @@ Open in the paper, chosen here: a discriminator maximises log D + log(1 − D), 
 cross-entropy on logits; the generator gets the non-saturating −log D. Layers are the
 released network's where they fit: residual blocks of GroupNorm and SiLU, eight heads. The
 decoder begins with a layer normalisation, and feed-forward networks near the identity, so
-that stage 2 starts as stage 1 ended. Squared norms are means over the elements; those of
-Eq. (11) and (12) are sums, and η of Eq. (12) has length 1: ArcFace compares directions.
+that stage 2 starts as stage 1 ended. The squared norms of Eq. (9), (10), (15), (16) are
+means over the elements, those of Eq. (11), (12) sums; η has length 1, as ArcFace compares
+directions.
 While restoring, encoder and codes are float32 at every precision but bfloat16: in half
 precision 3 % of the features would meet another code.
 TINY differs from the paper in size, and in what Config says beside it.
@@ -88,13 +89,13 @@ class Config:
     discriminator_width: int = 16
 
     dictionary_rate: float = 8e-4      # learning rate of stage 1; 7e-5 in the paper
-    dictionary_decay: float = 1.0      # share of stage 1, then a tenth of the rate
-    codes_times: float = 10.0          # times that for the codes; 1 in the paper
+    dictionary_decay: float = 1.0      # share of stage 1 after which its rate is a tenth
+    codes_times: float = 10.0          # factor on it for the codes; 1 in the paper
     learning_rate: float = 3e-4        # of stage 2; 7e-6 in the paper
-    betas: tuple = (0.9, 0.99)         # β1, β2 of Adam
+    betas: tuple = (0.9, 0.99)         # β1, β2 of Adam; the paper gives none
     clip: float | None = 1.0           # longest gradient; the paper clips none
     cooldown: float = 0.6              # last share of a stage: the rate falls to 0
-    patience: int | None = None        # the rate follows rate(step) alone
+    patience: int | None = None        # no plateaus: rate(step) says all
     steps: int = 1680                  # of both stages
     dictionary_share: float = 0.512    # first share of the steps: stage 1
     batch: int = 4                     # faces a process and step
@@ -116,7 +117,7 @@ class Config:
         return min(max(round(self.dictionary_share * self.steps), 1), self.steps - 1)
 
     def stage(self, step):
-        """Of a step from 1 on."""
+        """1 or 2, for a step from 1 on."""
         return 1 if step <= self.dictionary_steps else 2
 
     def restarts(self, step):
@@ -285,7 +286,8 @@ class Usage(nn.Module):
 
 @torch.no_grad()
 def restart_codes(dictionary, usage, features, generator):
-    """Codes of less than a fiftieth of an even share become features (B,C,h,w).
+    """Codes that met less than a fiftieth of an even share of the features become features
+    of this batch, (B,C,h,w).
 
     A code far from all features is never the nearest: no gradient would ever move it.
     """
@@ -423,10 +425,8 @@ class Decoder(nn.Module):
 
 
 def exact_encoding(encoder):
-    """While restoring, an encoder stays in float32 where autocast would round.
-
-    Else some features would meet another code, and the picture other details. Weights
-    that were cast for --precision bfloat16 stay as they are.
+    """While restoring, autocast does not round an encoder whose weights are float32: some
+    features would meet another code, and the picture get other details.
     """
     weight = next(encoder.parameters())
     exact = not encoder.training and weight.dtype == torch.float32
@@ -497,12 +497,9 @@ class RestoreFormer(nn.Module):
     def attention_maps(self, image):
         """What the heads of each Attention read where: a list of (B,N_h,N,N)."""
         maps = []
-
-        def note(multi_head, given):
-            maps.append(multi_head.maps(*given))
-
-        blocks = [block for block in self.blocks if isinstance(block, Attention)]
-        hooks = [block.multi_head.register_forward_pre_hook(note) for block in blocks]
+        hooks = [block.multi_head.register_forward_pre_hook(
+                     lambda heads, given: maps.append(heads.maps(*given)))
+                 for block in self.blocks if isinstance(block, Attention)]
         self(image)
         for hook in hooks:
             hook.remove()
@@ -678,9 +675,8 @@ def restoration_losses(cfg, restored, target, latents, fake, real, encoder, reco
 class Batches(torch.utils.data.Dataset):
     """Training batch number `step`, from 0: (degraded, target, boxes).
 
-    Every face has a random stream of its own, (seed, stage, step, place in the whole
-    batch): a resumed run sees what an unbroken one would have seen, and two processes see
-    what one with twice their batch would.
+    Every face draws from a random stream of its own, (seed, stage, step, place in the
+    whole batch): resuming, or more processes of smaller batches, changes nothing.
     """
     def __init__(self, faces, indices, cfg):
         self.faces = faces
@@ -688,11 +684,8 @@ class Batches(torch.utils.data.Dataset):
         self.cfg = cfg
         self.first = common.rank() * cfg.batch
 
-    def __len__(self):
-        return self.cfg.steps
-
     def sample(self, step, place):
-        """One face: degraded, in stage 1 not, target (3,H,W), boxes (4,4)."""
+        """One face: degraded (in stage 1 the target), target (3,H,W), boxes (4,4)."""
         cfg = self.cfg
         stage = cfg.stage(step + 1)
         generator = common.seeded(cfg.seed, stage, step, place)
@@ -712,9 +705,8 @@ class Batches(torch.utils.data.Dataset):
 
 
 def load_recogniser(cfg, args, faces):
-    """η of Eq. (12), frozen: ArcFace from --arcface, else the recogniser of these faces.
-
-    With a checkpoint it is the one in there.
+    """η of Eq. (12), frozen: ArcFace from --arcface; else that of the checkpoint; else the
+    recogniser of these faces.
     """
     if args.arcface is not None:
         net = common.ArcFace(args.arcface)
@@ -735,7 +727,7 @@ def load_recogniser(cfg, args, faces):
 def train(cfg, args):
     """Train both stages, or that of --stage, on --data; see Config for every number.
 
-    checkpoint.pt holds the stage that is trained, dictionary.pt stage 1 at its end.
+    checkpoint.pt holds the stage in training, dictionary.pt the end of stage 1.
     """
     faces = common.load_faces(args, cfg)
     _, validation, test = common.split_identities(faces)
@@ -761,9 +753,8 @@ def train(cfg, args):
         return
 
     net, run = train_stage(2, cfg, args, faces, encoder, recogniser)
-    table = evaluate(net, faces, test, cfg, args)
-    pictures = samples(net, faces, test, cfg, args.precision)
-    common.report(run, table, pictures)
+    common.report(run, evaluate(net, faces, test, cfg, args),
+                  samples(net, faces, test, cfg, args.precision))
 
 
 def train_stage(stage, cfg, args, faces, encoder, recogniser):
@@ -849,9 +840,10 @@ def open_run(stage, cfg, args, faces, encoder, recogniser, **parts):
 
 @torch.inference_mode()
 def validate(net, encoder, faces, indices, cfg, stage):
-    """Eq. (9) and PSNR in dB on held-out faces, always degraded alike, in stage 1 sharp.
+    """Eq. (9) and PSNR in dB on held-out faces, always degraded alike; in stage 1 sharp.
 
-    Also the perplexity exp(−Σ p log p) of the codes met, and their share of all codes.
+    Also the perplexity exp(−Σ p log p) of the codes that were met, and which share of all
+    codes these are.
     """
     device = next(net.parameters()).device
     loss, quality = 0.0, 0.0
@@ -904,7 +896,8 @@ def attention_pictures(net, images, landmarks):
 # --------------------------------------------------------------------------------------
 
 def restore(net, degraded, landmarks=None, batch=8, precision="auto"):
-    """Restore faces (N,3,size,size) in [-1,1] → the same, on the CPU; by no landmarks."""
+    """Restore faces (N,3,size,size) in [-1,1] → the same, on the CPU. Landmarks are not
+    looked at."""
     with common.inference(net, precision) as device:
 
         def some(part):
@@ -959,7 +952,7 @@ def evaluate(net, faces, indices, cfg, args):
     for task, scale in common.TASKS.items():
         batches = restored_batches(net, faces, indices, cfg, scale,
                                    precision=args.precision)
-        table[task] = common.measure(batches, metrics, fid=fid)
+        table[task] = common.measure({"restored": batches}, metrics, fid)
     return table
 
 
@@ -1042,9 +1035,8 @@ def main(argv=None):
         faces = common.load_faces(args, cfg)
         test = common.test_faces(faces, args, cfg.tested)
         run = common.Run(SCRIPT, cfg, args, faces)
-        table = evaluate(net, faces, test, cfg, args)
-        pictures = samples(net, faces, test, cfg, args.precision)
-        common.report(run, table, pictures)
+        common.report(run, evaluate(net, faces, test, cfg, args),
+                      samples(net, faces, test, cfg, args.precision))
         return 0
 
     def restore_crops(crops, landmarks, files):
@@ -1065,7 +1057,7 @@ def main(argv=None):
 # the dictionary. Names are the authors'.
 
 class ReleasedAttention(nn.Module):
-    """x (B,C,h,w) + what its positions answer to y; to x itself where there is no y."""
+    """x (B,C,h,w) + what x answers to the positions of y, or of x itself without y."""
 
     def __init__(self, channels, cfg):
         super().__init__()

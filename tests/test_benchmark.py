@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+import gfrnet
+
 CPU = torch.device("cpu")
 
 
@@ -43,14 +45,6 @@ def test_the_plain_transfer_pastes_the_entry_that_a_component_was_made_of():
     assert torch.equal(outside, enriched)
 
 
-def test_calls_take_turns():
-    order = []
-    calls = [lambda: order.append("a"), lambda: order.append("b")]
-    columns = benchmark.in_turn(calls, CPU, 3)
-    assert order == ["a", "b"] * 3
-    assert [len(column) for column in columns] == [3, 3]
-
-
 @torch.inference_mode()
 def test_work_and_memory_of_a_call_are_those_of_its_layers():
     def build():
@@ -67,31 +61,10 @@ def test_work_and_memory_of_a_call_are_those_of_its_layers():
     assert needed != needed or 0.19 < needed < 0.25
 
 
-def test_matrix_products_are_counted(monkeypatch):
-    monkeypatch.setitem(benchmark.PRODUCTS, "cpu", 2)
-    call, work = benchmark.matrix_product(CPU, torch.float32)
-    with benchmark.FlopCounterMode(display=False) as counter:
-        call()
-    assert work == pytest.approx(counter.get_total_flops() / 1e12)
-
-
-@pytest.mark.slow
-def test_the_plain_form_computes_every_spectral_norm():
-    state = official.weights("asffnet")
-    net = benchmark.unfolded(benchmark.network, "asffnet", 64, state, {})
-    normed = [name for name in net.state_dict() if name.endswith("weight.original")]
-    assert len(normed) == sum(name.endswith("weight_orig") for name in state) > 100
-    assert not net.training
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["gfrnet", "dfdnet"])
-def test_both_forms_paint_the_same_picture(method, capsys, monkeypatch):
+def test_both_forms_of_a_small_network_paint_the_same_picture(capsys, monkeypatch):
+    monkeypatch.setattr(gfrnet, "PAPER", gfrnet.TINY)
     monkeypatch.setitem(benchmark.PRODUCTS, "cpu", 1)
-    size = 128 if method in ("dfdnet", "dmdnet") else 64
-    figures = benchmark.compare(method, size, 1, CPU, "float32", 1, 4)
-    assert figures["psnr"] > 90
-    assert len(figures["ratios"]) == 1
-    assert min(figures["seconds"]) > 0
+    figures = benchmark.compare("gfrnet", 64, 1, CPU, "float32", 1, 4)
+    assert figures["psnr"] > 90 and len(figures["ratios"]) == 1 and min(figures["seconds"]) > 0
     benchmark.print_table(figures)
     assert "times faster, by pair" in capsys.readouterr().out

@@ -1,8 +1,6 @@
-"""DFDNet: every equation against an independent form, what each loss reaches, learning by a gain."""
+"""DFDNet: every equation against an independent form, what each loss reaches."""
 
 import copy
-import json
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import OVERLAPPING, WatchedAdam, gap, paste_by_loop, random, randomised, some_encoder, uniform
 from torch import nn
-from torch.nn.utils import parametrize
 
 import common
 import dfdnet
@@ -19,15 +17,6 @@ import dfdnet
 NAMES = ("left_eye", "right_eye", "nose", "mouth")
 TINY = replace(dfdnet.TINY, size=64, entries=6, width=8, discriminator_width=4, batch=2, validated=2)
 WIDTHS = (6, 8, 10, 12)
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def uniform(*shape, seed=0):
-    """Uniform in [-1,1]."""
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def some_landmarks(count, size=64, seed=3):
@@ -58,24 +47,6 @@ class SomeFaces:
         return self.count
 
 
-def some_encoder():
-    torch.manual_seed(1)
-    net = common.Recogniser(WIDTHS).folded()
-    for layer in net.stages.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight)  # deep features as large as shallow ones
-    return net
-
-
-def randomised(module, spread=0.1):
-    """Every parameter random: some start at zero, which would hide what depends on them."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
-    return module
-
-
 def random_dictionary(cfg, seed=0):
     dictionary = {}
     for s, width, sizes in zip((1, 2, 3, 4), WIDTHS, cfg.component_sizes):
@@ -93,28 +64,7 @@ def network(cfg=TINY, **changes):
     return net.eval()
 
 
-def ramp(count, height, width):
-    """Two channels, linear in the pixel's place: 3x + y + 10 n, and 2 − y, for sample n."""
-    y, x = torch.meshgrid(torch.arange(height).float(), torch.arange(width).float(), indexing="ij")
-    return torch.stack([torch.stack([3 * x + y + 10 * n, 2 - y]) for n in range(count)])
-
-
-@pytest.fixture
-def float32(monkeypatch):
-    """Exact arithmetic, also where the processor gains from bfloat16."""
-    kind = common.autocast
-    monkeypatch.setattr(common, "autocast", lambda device, _="auto": kind(device, "float32"))
-
-
 # Config
-
-
-def test_the_rate_is_constant_and_falls_to_zero_in_the_last_steps():
-    cfg = replace(TINY, steps=10, cooldown=0.5, learning_rate=1e-3)
-    rates = [cfg.rate(step) for step in range(1, 11)]
-    assert rates == pytest.approx([1e-3] * 6 + [8e-4, 6e-4, 4e-4, 2e-4])
-    assert dfdnet.PAPER.rate(1) == dfdnet.PAPER.rate(dfdnet.PAPER.steps) == 2e-4
-    assert dfdnet.PAPER_FIGURES.keys() == dfdnet.VARIANTS.keys()
 
 
 @pytest.mark.parametrize("preset, least", [(dfdnet.PAPER, 2), (TINY, 4)])
@@ -271,67 +221,6 @@ def test_the_picture_of_the_dictionary_shows_the_largest_clusters_nearest_faces_
         crops = dfdnet.crop_components(images, boxes, 1, [64] * 4)[number]
         assert rows.shape == (2, 3, 64, 5 * 64)
         torch.testing.assert_close(rows[0][..., : 3 * 64], torch.cat(list(crops), 2))
-
-
-# RoIAlign and its reverse
-
-
-def test_crop_of_a_linear_ramp_is_the_ramp_at_the_bin_centres():
-    stride, sizes = 4, (5, 3, 4, 7)
-    first = [[10.0, 20, 31, 44], [50, 9, 71, 30], [33.5, 40, 60, 67], [20, 60, 90, 75]]
-    second = [[14.0, 25, 35, 40], [52, 14, 70, 36], [40.5, 44, 66, 61], [24, 66, 84, 85]]
-    boxes = torch.tensor([first, second])
-    parts = dfdnet.crop_components(ramp(2, 24, 26), boxes, stride, sizes)
-    for part, size, box in zip(parts, sizes, boxes.unbind(1), strict=True):
-        assert part.shape == (2, 2, size, size)
-        for n, i, j in np.ndindex(2, size, size):
-            x1, y1, x2, y2 = (box[n] / stride).tolist()
-            x = x1 + (j + 0.5) * (x2 - x1) / size - 0.5  # edges → index: pixel i spans i … i + 1
-            y = y1 + (i + 0.5) * (y2 - y1) / size - 0.5
-            assert part[n, 0, i, j].item() == pytest.approx(3 * x + y + 10 * n, abs=1e-3)
-            assert part[n, 1, i, j].item() == pytest.approx(2 - y, abs=1e-3)
-
-
-def sample(part, u, v):
-    """A bilinear sample of part (C,n,n) at u, v in [0,1] of its sides; its border goes on."""
-    size = part.shape[-1]
-    x = min(max(u * size - 0.5, 0), size - 1)
-    y = min(max(v * size - 0.5, 0), size - 1)
-    j, i = min(int(x), size - 2), min(int(y), size - 2)
-    a, b = y - i, x - j
-    upper = (1 - b) * part[:, i, j] + b * part[:, i, j + 1]
-    lower = (1 - b) * part[:, i + 1, j] + b * part[:, i + 1, j + 1]
-    return (1 - a) * upper + a * lower
-
-
-def paste_by_loop(parts, boxes, stride, height, width):
-    """Pixel by pixel the mean of the parts whose box holds its centre; and where there is one."""
-    result = torch.zeros(len(boxes), parts[0].shape[1], height, width)
-    inside = torch.zeros(len(boxes), height, width, dtype=torch.bool)
-    for n, y, x in np.ndindex(len(boxes), height, width):
-        found = []
-        for part, box in zip(parts, boxes[n], strict=True):
-            x1, y1, x2, y2 = (box / stride).tolist()
-            if x1 < x + 0.5 < x2 and y1 < y + 0.5 < y2:
-                found.append(sample(part[n], (x + 0.5 - x1) / (x2 - x1), (y + 0.5 - y1) / (y2 - y1)))
-        if found:
-            result[n, :, y, x] = sum(found) / len(found)
-            inside[n, y, x] = True
-    return result, inside
-
-
-# Boxes that overlap and begin between the features.
-OVERLAPPING = torch.tensor([
-    [[1.3, 4.1, 14.7, 17.2], [11.2, 6.3, 25, 21], [9.1, 12.3, 20, 29.9], [0, 20.5, 22.2, 32]],
-    [[5.3, 1.1, 20.2, 12.8], [15.2, 8.3, 31, 24], [2.1, 2.3, 30, 10.9], [3, 3.5, 9.2, 32]]])
-
-
-def test_paste_equals_bilinear_sampling_pixel_by_pixel_with_means_in_overlaps():
-    parts = [random(2, 3, size, size, seed=size) for size in (5, 4, 3, 6)]
-    pasted = dfdnet.paste_components(parts, OVERLAPPING, 2, (16, 18))
-    expected, inside = paste_by_loop(parts, OVERLAPPING, 2, 16, 18)
-    torch.testing.assert_close(pasted, expected, rtol=1e-4, atol=1e-5)
-    assert not pasted.movedim(1, 3)[~inside].any()
 
 
 # Eq. (3) and (4)
@@ -501,81 +390,7 @@ def test_without_residual_the_output_is_bounded_and_with_it_training_starts_at_t
     assert gap.std(2).max() < 1e-6
 
 
-# Discriminators and Eq. (7) to (9)
-
-
-def test_discriminators_see_the_image_reduced_1_2_4_8_times():
-    nets, image, seen = dfdnet.Discriminators(4), uniform(2, 3, 64, 64), []
-    for net in nets:
-        net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    assert len(nets(image)) == len(seen) == 4
-    for r, reduced in zip((1, 2, 4, 8), seen):
-        blocks = image.numpy().reshape(2, 3, 64 // r, r, 64 // r, r).mean((3, 5))
-        np.testing.assert_allclose(reduced.numpy(), blocks, atol=1e-5)
-
-
-def test_every_discriminator_convolution_has_spectral_norm_one():
-    nets = randomised(dfdnet.Discriminators(4), 3.0)
-    for _ in range(60):  # power iteration
-        nets(torch.rand(1, 3, 64, 64))
-    layers = [module for module in nets.modules() if isinstance(module, nn.Conv2d)]
-    assert len(layers) == 16
-    for layer in layers:
-        assert parametrize.is_parametrized(layer, "weight")
-        assert torch.linalg.svdvals(layer.weight.flatten(1).detach())[0].item() == pytest.approx(1, abs=0.02)
-
-
-def test_pixel_and_perceptual_loss_are_equation_7():
-    a, b = random(2, 2, 3, 5, 4).numpy()
-    loss = dfdnet.pixel_loss(torch.from_numpy(a), torch.from_numpy(b))
-    assert loss.item() == pytest.approx(((a - b) ** 2).mean(), rel=1e-5)
-
-    weights, expected = (0.5, 1.0, 2.0, 4.0), 0.0
-    shapes = [(3, 4, 8, 6), (3, 6, 4, 3), (3, 8, 2, 2), (3, 5, 1, 2)]
-    ours, theirs = ([random(*shape, seed=seed) for shape in shapes] for seed in (0, 1))
-    for n in range(3):
-        for weight, a, b in zip(weights, ours, theirs):
-            channels, height, width = a.shape[1:]
-            expected += weight / (channels * height * width) * ((a[n] - b[n]).numpy() ** 2).sum() / 3
-    assert dfdnet.perceptual_loss(ours, theirs, weights).item() == pytest.approx(expected, rel=1e-5)
-
-
-def scores(seed):
-    return [2 * random(2, 1, side, side, seed=seed) + 0.5 for side in (8, 4, 2, 1)]
-
-
-def test_discriminator_loss_is_the_negative_of_equation_8():
-    real, fake = scores(0), scores(1)
-    paper = 0.0
-    for r, f in zip(real, fake):
-        paper += np.minimum(0, r.numpy() - 1).mean() + np.minimum(0, -1 - f.numpy()).mean()
-    assert dfdnet.discriminator_loss(real, fake).item() == pytest.approx(-paper, rel=1e-5)
-    good, bad = [torch.full((1, 1, 2, 2), 1.5)] * 4, [torch.full((1, 1, 2, 2), -1.5)] * 4
-    assert dfdnet.discriminator_loss(good, bad).item() == 0  # real above 1, fake below −1
-    assert dfdnet.discriminator_loss(bad, good).item() == pytest.approx(4 * 5)
-
-
-def test_adversarial_loss_is_equation_9_with_a_weight_for_each_scale():
-    fake, weights = scores(2), (4.0, 2.0, 1.0, 0.5)
-    expected = -sum(weight * f.numpy().mean() for weight, f in zip(weights, fake))
-    assert dfdnet.adversarial_loss(fake, weights).item() == pytest.approx(expected, rel=1e-5)
-
-
 # Data
-
-
-def test_batches_follow_from_seed_step_and_place_so_two_processes_see_what_one_would(monkeypatch):
-    faces, indices = SomeFaces(), [0, 1, 2, 4]
-    whole = dfdnet.Batches(faces, indices, replace(TINY, batch=4))[3]
-    torch.rand(7)
-    first = dfdnet.Batches(faces, indices, replace(TINY, steps=9999))
-    first[5]
-    monkeypatch.setattr(common, "rank", lambda: 1)
-    halves = zip(first[3], dfdnet.Batches(faces, indices, TINY)[3])
-    for together, parts in zip(whole, halves, strict=True):
-        assert torch.equal(together, torch.cat(parts))
-    for other in (first[4], dfdnet.Batches(faces, indices, replace(TINY, seed=1))[3]):
-        assert not torch.equal(whole[0][:2], other[0])
 
 
 def test_batches_hold_only_the_faces_they_may_with_their_own_boxes_and_a_degraded_input():
@@ -641,39 +456,6 @@ def test_a_network_made_ready_to_restore_paints_the_same(precision, cadain):
 # Training: Eq. (10), the schedule, whose faces make the dictionaries
 
 
-class WatchedAdam(torch.optim.Adam):
-    """Keeps what every step sees: gradients of both optimisers' parameters, and its rate."""
-
-    made = []
-
-    def __init__(self, parameters, *args, **kwargs):
-        super().__init__(list(parameters), *args, **kwargs)
-        self.seen, self.rates = [], []
-        self.made.append(self)
-
-    def step(self, closure=None):
-        gradients = []
-        for adam in self.made:
-            parameters = adam.param_groups[0]["params"]
-            gradients.append([None if p.grad is None else p.grad.clone() for p in parameters])
-        self.rates.append(self.param_groups[0]["lr"])
-        self.seen.append(gradients)
-        return super().step(closure)
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """main() without what it draws, measures and learns beforehand."""
-    monkeypatch.setattr(WatchedAdam, "made", [])
-    monkeypatch.setattr(torch.optim, "Adam", WatchedAdam)
-    monkeypatch.setattr(dfdnet, "evaluate", lambda *_: {})
-    monkeypatch.setattr(dfdnet, "samples", lambda *_: {})
-    monkeypatch.setattr(common, "report", lambda *_: None)
-    monkeypatch.setattr(common, "_write_log", lambda *_: None)
-    monkeypatch.setattr(common, "load_encoder", lambda *_: some_encoder())
-    return monkeypatch
-
-
 def train(patch, cfg, folder, out, *argv):
     patch.setitem(dfdnet.PRESETS, "tiny", cfg)
     command = ["--train", "--device", "cpu", "--precision", "float32", "--data", folder, "--out", out, *argv]
@@ -692,11 +474,6 @@ def write_faces(folder, count):
 def folder(tmp_path_factory):
     """24 people, a random picture of each."""
     return write_faces(tmp_path_factory.mktemp("people"), 24)
-
-
-def gap(gradients, expected):
-    a, b = (torch.cat([g.flatten().double() for g in many]) for many in (gradients, expected))
-    return ((a - b).norm() / b.norm()).item()
 
 
 def test_the_first_step_follows_the_gradient_of_equation_10(quick, folder, tmp_path):
@@ -779,24 +556,6 @@ def test_every_step_has_its_rate_for_both_optimisers_and_a_gradient_of_bounded_l
         assert length.item() == pytest.approx(1e-3, rel=1e-2)
 
 
-@pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(quick, folder, tmp_path):
-    real = dfdnet.pixel_loss
-    steps = []
-
-    def spoiled(restored, target):
-        steps.extend([1] if torch.is_grad_enabled() else [])  # not validation's
-        return real(restored, target) * (math.nan if len(steps) > 2 else 1)
-
-    quick.setattr(dfdnet, "pixel_loss", spoiled)
-    cfg = replace(TINY, steps=6, validate_every=1)
-    with pytest.raises(common.InputError, match="step 3: the pixel loss is not finite"):
-        train(quick, cfg, folder, tmp_path)
-    state = common.load_weights(tmp_path / "checkpoint.pt")
-    assert state["step"] == 2
-    assert all(value.isfinite().all() for value in state["net"].values() if value.is_floating_point())
-
-
 class Stop(Exception):
     """Ends a command once the dictionaries are made."""
 
@@ -859,117 +618,7 @@ def test_a_dictionary_that_fits_is_used_again_and_one_that_does_not_is_made_anew
         assert made[-1] == cfg
 
 
-def restored_by(checkpoint):
-    args = SimpleNamespace(checkpoint=checkpoint, device=torch.device("cpu"), degradation=None)
-    args.state = common.load_checkpoint(checkpoint, "dfdnet")
-    net, cfg = dfdnet.load_network(args)
-    return dfdnet.restore(net, uniform(2, 3, 64, 64, seed=4), some_landmarks(2), precision="float32"), cfg
-
-
-@pytest.mark.slow
-def test_the_dictionary_lies_beside_the_checkpoint_stays_on_resume_and_fits_no_other_run(
-    quick, folder, tmp_path
-):
-    nets, load = [], dfdnet.DFDNet.set_dictionary
-
-    def spied(net, dictionary):
-        nets.append(net)
-        load(net, dictionary)
-
-    quick.setattr(dfdnet.DFDNet, "set_dictionary", spied)
-    cfg, checkpoint, out = replace(TINY, steps=1), tmp_path / "kept" / "net.pt", tmp_path / "run"
-    train(quick, cfg, folder, out, "--checkpoint", checkpoint)
-    dictionary = checkpoint.with_name("dictionary.pt")
-    assert dictionary.is_file() and not (out / "dictionary.pt").exists()
-    restored, loaded = restored_by(checkpoint)
-    assert loaded == cfg
-    given = uniform(2, 3, 64, 64, seed=4), some_landmarks(2)
-    torch.testing.assert_close(restored, dfdnet.restore(nets[0], *given, precision="float32"))
-
-    before = dictionary.stat()
-    train(quick, cfg, folder, out, "--checkpoint", checkpoint, "--resume", "--steps", 2)
-    after = dictionary.stat()
-    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert common.load_checkpoint(checkpoint, "dfdnet")["step"] == 2
-
-    of_another_run = common.load_weights(dictionary) | {"key": "another run's"}
-    common.save_checkpoint(dictionary, of_another_run)
-    again = "--checkpoint", checkpoint, "--resume", "--steps", 3
-    for action in (lambda: restored_by(checkpoint), lambda: train(quick, cfg, folder, out, *again)):
-        with pytest.raises(common.InputError, match="dictionary.pt: not the dictionaries") as error:
-            action()
-        assert "\n" not in str(error.value)
-    dictionary.unlink()
-    with pytest.raises(common.InputError, match="dictionary.pt: missing"):
-        restored_by(checkpoint)
-
-
-def split_for_learning(faces):
-    """Seven people of 24 are held out, for an interval narrower than that of the usual two."""
-    people = faces.identity.tolist()
-    parts = range(16), range(16, 17), range(17, 24)
-    return [[i for i, who in enumerate(people) if who in part] for part in parts]
-
-
-@pytest.mark.slow
-def test_a_short_training_improves_held_out_faces(face_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "split_identities", split_for_learning)
-    monkeypatch.setattr(common, "load_encoder", lambda *_: some_encoder())
-    monkeypatch.setattr(common, "metrics", lambda faces, args: {"psnr": common.psnr})
-    monkeypatch.setattr(common, "TASKS", {"x6": 6, "x8": 8})
-    cfg = replace(TINY, entries=16, batch=8, steps=60, validate_every=60)
-    train(monkeypatch, cfg, face_folder, tmp_path)
-    result = json.loads((tmp_path / "result.json").read_text())
-    for task in result["test"].values():
-        assert task["faces"] == 35
-        assert task["paired_psnr_gain"]["ci95"][0] > 0
-
-
-@pytest.mark.slow
-def test_every_variant_trains_and_is_loaded_again(quick, folder, tmp_path):
-    cfg = replace(TINY, steps=1, batch=1)
-    for name in ("0dft", "2dft", "no-cadain", "no-confidence", "k16"):
-        train(quick, cfg, folder, tmp_path / name, "--variant", name)
-        assert restored_by(tmp_path / name / "checkpoint.pt")[0].isfinite().all()
-
-
 # The released network
-
-
-def test_the_released_block_restyles_every_entry_and_pastes_in_order():
-    sizes = (3, 3, 2, 4)
-    block = dfdnet.ReleasedDFTBlock(6, sizes, 2, replace(dfdnet.RELEASED, entries=5)).eval()
-    dictionary = {name: random(5, 6, n, n, seed=i) + 3 for i, (name, n) in enumerate(zip(NAMES, sizes))}
-    for name, entries in dictionary.items():
-        block.set_entries(name, entries)
-    features = random(2, 6, 16, 16, seed=5)
-    boxes = torch.tensor([[[2, 3, 13.9, 12], [15, 4, 27, 15], [11, 9, 19, 18], [8, 18, 24, 31]],
-                          [[1, 1, 12, 13], [10, 2, 25, 15], [9, 8, 18, 18], [7, 17, 23, 30]]])
-    expected = features.clone()
-    with torch.no_grad():
-        for n, index in np.ndindex(2, 4):
-            x1, y1, x2, y2 = (int(v) // 2 for v in boxes[n, index].tolist())
-            part = features[n, :, y1:y2, x1:x2]
-            query = F.interpolate(part[None], (sizes[index],) * 2, mode="bilinear")[0]
-            matched = equation_4(query, dictionary[NAMES[index]], True)[1]
-            matched = F.interpolate(matched[None], part.shape[1:], mode="nearest")[0]
-            score = block.confidence[index].score((matched - part)[None])[0]
-            expected[n, :, y1:y2, x1:x2] = part + matched * score
-        torch.testing.assert_close(block(features, boxes), expected, rtol=1e-3, atol=1e-3)
-
-
-def test_the_released_stage_blurs_rectifies_twice_and_bounds_the_shift():
-    stage = dfdnet.ReleasedSFTStage(6, 4).eval()
-    x, skip = random(2, 2, 6, 8, 8, seed=1)
-    kernel = torch.tensor([[1, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
-    padded = F.pad(x, (1, 1, 1, 1))
-    blurred = sum(kernel[i, j] * padded[..., i : i + 8, j : j + 8] for i, j in np.ndindex(3, 3))
-    with torch.no_grad():
-        reduced = stage.reduce(blurred)
-        reduced = torch.where(reduced < 0, 0.04 * reduced, reduced)
-        modulated = stage.scale(skip) * reduced + torch.sigmoid(stage.shift(skip))
-        raised = F.interpolate(modulated, scale_factor=2, mode="bilinear")
-        torch.testing.assert_close(stage(x, skip), F.leaky_relu(stage.widen(raised), 0.2))
 
 
 def test_entries_are_kept_in_the_type_that_is_asked_for():

@@ -1,7 +1,6 @@
 """DMDNet: every equation against an independent form, whose references a face reads, the four stages."""
 
 import copy
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,18 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import gap, paste_by_loop, random
+from conftest import some_encoder as encoder
 from torch import nn
-from torch.nn.utils import parametrize
 
 import common
 import dmdnet
 
 TINY = replace(dmdnet.TINY, size=64, width=8, items=6, references=3, renewed=2, sides=(8, 8, 6, 10),
                stages=(0.3, 0.15, 0.15), discriminator_width=4, batch=2, validate_every=1000)
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def some_landmarks(count, size=64, seed=3):
@@ -111,8 +107,7 @@ def test_components_are_40_40_25_and_55_features_wide_and_halve_from_scale_to_sc
     assert dmdnet.RELEASED.component_sizes[2] == [10, 10, 13]
 
 
-def test_every_variant_has_its_figures_in_table_3():
-    assert set(dmdnet.PAPER_FIGURES) == set(dmdnet.VARIANTS)
+def test_the_figures_of_table_3_are_those_of_its_text():
     gains = {name: row["x8_psnr"] - dmdnet.PAPER_FIGURES["only-generic"]["x8_psnr"]
              for name, row in dmdnet.PAPER_FIGURES.items()}
     assert round(gains["full"], 2) == 0.34  # Section 4.3: "0.34 dB in x8"
@@ -376,120 +371,6 @@ def test_blocks_begin_as_their_docstrings_say(spectral):
     assert scores["residual"].std() > 0.2 if spectral else scores["residual"].std() < 0.2
 
 
-# Eq. (11) to (17)
-
-
-def four_maps(seed):
-    return [random(3, 2 + k, 5 - k, 4, seed=10 * seed + k) for k in range(4)]
-
-
-def test_pixel_and_perceptual_loss_are_equations_11_and_12_and_13_weighs_them():
-    (a, b), ours, theirs = (random(3, 3, 4, 5, seed=k) for k in (0, 1)), four_maps(0), four_maps(1)
-    pixel = sum((a[n, c, y, x] - b[n, c, y, x]).item() ** 2 / (3 * 4 * 5) for n in range(3)
-                for c in range(3) for y in range(4) for x in range(5)) / 3
-    perceptual = sum(np.linalg.norm((x[n] - y[n]).flatten().numpy()) ** 2 / x[n].numel() / 3
-                     for x, y in zip(ours, theirs, strict=True) for n in range(3))
-    assert dmdnet.pixel_loss(a, b).item() == pytest.approx(pixel, rel=1e-5)
-    assert dmdnet.perceptual_loss(ours, theirs).item() == pytest.approx(perceptual, rel=1e-5)
-    losses = dmdnet.reconstruction_losses(a, b, ours, theirs, dmdnet.PAPER)
-    assert sum(losses.values()).item() == pytest.approx(300 * pixel + perceptual, rel=1e-5)
-
-
-def test_style_loss_is_equation_14():
-    expected, ours, theirs = 0.0, four_maps(0), four_maps(1)
-    for a, b in zip(ours, theirs, strict=True):
-        for n in range(3):
-            for c in range(a.shape[1]):
-                for d in range(a.shape[1]):
-                    gap = sum((x[n, c, i, j] * x[n, d, i, j]).item() * sign for x, sign in ((a, 1), (b, -1))
-                              for i in range(a.shape[2]) for j in range(a.shape[3]))
-                    expected += (gap / a[n].numel())**2 / 3
-    assert dmdnet.style_loss(ours, theirs).item() == pytest.approx(expected, rel=1e-4)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert dmdnet.style_loss(ours, theirs).item() == pytest.approx(expected, rel=1e-4)
-
-
-def test_discriminator_loss_is_the_negative_of_equation_15():
-    real, fake = ([2 * random(3, 1, s, s, seed=seed + s) + 0.5 for s in (8, 4, 2)] for seed in (0, 20))
-    paper = sum(np.minimum(0, r.numpy() - 1).mean() + np.minimum(0, -1 - f.numpy()).mean()
-                for r, f in zip(real, fake, strict=True))
-    assert dmdnet.discriminator_loss(real, fake).item() == pytest.approx(-paper, rel=1e-5)
-
-
-def test_adversarial_loss_is_equation_16_and_17_adds_the_style():
-    fake = [random(3, 1, s, s, seed=s).requires_grad_() for s in (8, 4, 2)]
-    loss = dmdnet.adversarial_loss(fake, (4.0, 1.0, 0.5))
-    means = [f.detach().numpy().mean() for f in fake]
-    expected = -(4 * means[0] + means[1] + 0.5 * means[2])
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-    for gradient, slope in zip(torch.autograd.grad(loss, fake), (4, 1, 0.5), strict=True):
-        torch.testing.assert_close(gradient, torch.full_like(gradient, -slope / gradient.numel()))
-    maps = four_maps(0), four_maps(1)
-    losses = dmdnet.photo_realistic_losses(*maps, fake, dmdnet.PAPER)
-    expected += 0.1 * dmdnet.style_loss(*maps).item()
-    assert sum(losses.values()).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_the_three_discriminators_see_the_image_reduced_1_2_and_4_times_under_spectral_norm():
-    net, image = dmdnet.Discriminators(4).eval(), some_images(2)
-    for judge, score, r in zip(net, net(image), (1, 2, 4), strict=True):
-        small = image.view(2, 3, 64 // r, r, 64 // r, r).mean((3, 5))
-        torch.testing.assert_close(score, judge(small))
-    layers = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
-    assert len(layers) >= 9 and all(parametrize.is_parametrized(layer, "weight") for layer in layers)
-
-
-# RoIAlign and its reverse
-
-
-def test_crop_of_a_linear_ramp_is_the_ramp_at_the_bin_centres():
-    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(26.0), indexing="ij")
-    features = torch.stack([torch.stack([3 * x + y + 10 * n, 2 - y]) for n in range(2)])
-    boxes = torch.tensor([[[10.0, 20, 31, 44], [50, 9, 71, 30], [33.5, 40, 60, 67], [20, 60, 90, 75]],
-                          [[14.0, 25, 35, 40], [52, 14, 70, 36], [40.5, 44, 66, 61], [24, 66, 84, 85]]])
-    parts = dmdnet.crop_components(features, boxes, 4, (5, 3, 4, 7))
-    for part, size, box in zip(parts, (5, 3, 4, 7), boxes.unbind(1), strict=True):
-        assert part.shape == (2, 2, size, size)
-        for n in range(2):
-            x1, y1, x2, y2 = (box[n] / 4).tolist()
-            at = (torch.arange(size) + 0.5) / size
-            across, down = x1 + at * (x2 - x1) - 0.5, y1 + at * (y2 - y1) - 0.5  # pixel i spans i … i + 1
-            torch.testing.assert_close(part[n, 0], 3 * across + down[:, None] + 10 * n, rtol=0, atol=1e-3)
-            torch.testing.assert_close(part[n, 1], 2 - down[:, None].expand(size, size), rtol=0, atol=1e-3)
-
-
-def paste_by_loop(parts, boxes, stride, height, width):
-    """Pixel by pixel: bilinear samples of every part whose box holds the pixel's centre, and their mean."""
-    result = torch.zeros(len(boxes), parts[0].shape[1], height, width)
-    for n in range(len(boxes)):
-        for y in range(height):
-            for x in range(width):
-                found = []
-                for part, box in zip(parts, boxes[n], strict=True):
-                    x1, y1, x2, y2 = (box / stride).tolist()
-                    if not (x1 < x + 0.5 < x2 and y1 < y + 0.5 < y2):
-                        continue
-                    size = part.shape[-1]
-                    u = min(max((x + 0.5 - x1) / (x2 - x1) * size - 0.5, 0), size - 1)
-                    v = min(max((y + 0.5 - y1) / (y2 - y1) * size - 0.5, 0), size - 1)
-                    i, j = min(int(v), size - 2), min(int(u), size - 2)
-                    a, b = v - i, u - j
-                    found.append((1 - a) * (1 - b) * part[n, :, i, j] + (1 - a) * b * part[n, :, i, j + 1]
-                                 + a * (1 - b) * part[n, :, i + 1, j] + a * b * part[n, :, i + 1, j + 1])
-                if found:
-                    result[n, :, y, x] = sum(found) / len(found)
-    return result
-
-
-def test_paste_equals_bilinear_sampling_pixel_by_pixel_with_means_in_overlaps():
-    parts = [random(2, 3, size, size, seed=size) for size in (5, 4, 3, 6)]
-    boxes = torch.tensor(
-        [[[1.3, 4.1, 14.7, 17.2], [11.2, 6.3, 25, 21], [9.1, 12.3, 20, 29.9], [0, 20.5, 22.2, 32]],
-         [[5.3, 1.1, 20.2, 12.8], [15.2, 8.3, 31, 24], [2.1, 2.3, 30, 10.9], [-3, 3.5, 9.2, 40]]])
-    pasted = dmdnet.paste_components(parts, boxes, 2, (16, 18))
-    torch.testing.assert_close(pasted, paste_by_loop(parts, boxes, 2, 16, 18), rtol=1e-4, atol=1e-5)
-
-
 # The dictionary transform module and the network: Eq. (1), (5), Figure 2
 
 
@@ -512,7 +393,7 @@ def test_a_dictionary_transform_is_figure_2_step_by_step():
             score = torch.sigmoid(two_convolutions(block.confidence[name].score, read - part))
             changes.append(score * read)
             assert readings[name]["specific"].shape == (2, 3) and readings[name]["generic"].shape == (2, 6)
-    expected = features + paste_by_loop(changes, boxes, 4, 16, 16)
+    expected = features + paste_by_loop(changes, boxes, 4, 16, 16)[0]
     torch.testing.assert_close(enriched, expected, rtol=1e-3, atol=1e-3)
     assert (enriched - features).abs().max() > 0.1
 
@@ -530,17 +411,6 @@ def test_faces_with_none_one_and_several_references_are_restored_as_each_alone(c
         alone = net(images[one], boxes[one], references[mine], reference_boxes[mine])
         torch.testing.assert_close(together[one], alone, rtol=1e-3, atol=1e-4)
         assert ((together[one] - plain[one]).abs().max() > 1e-2) == (count > 0)
-
-
-@torch.no_grad()
-def test_the_order_of_references_does_not_matter_and_all_count():
-    net, (images, boxes), (references, reference_boxes, _) = network(), some_faces(1), references_of((3,))
-    first, order = net(images, boxes, references, reference_boxes), [2, 0, 1]
-    other = net(images, boxes, references[order], reference_boxes[order])
-    torch.testing.assert_close(other, first, rtol=1e-3, atol=1e-4)
-    for left in ([0, 1], [0, 2], [1, 2]):
-        fewer = net(images, boxes, references[left], reference_boxes[left])
-        assert (fewer - first).abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -642,35 +512,6 @@ def pictures(images):
 
 
 ALBUM = replace(TINY, size=32, steps=20, jitter=0.0, batch=4)  # stages of 6, 3, 3 and 8 steps
-
-
-def test_batches_are_a_pure_function_of_seed_step_and_place():
-    faces, indices, cfg = Album([4, 3, 1, 5]), list(range(12)), replace(ALBUM, jitter=0.1)
-    for step in (1, 7, 10, 15):  # one in each stage
-        batch = dmdnet.Batches(faces, indices, cfg)[step]
-        torch.rand(7), np.random.rand(3)
-        other = dmdnet.Batches(faces, indices, cfg)
-        other[step + 1]
-        again = other[step]
-        assert set(batch) == set(again) and all(torch.equal(batch[name], again[name]) for name in batch)
-        for changed in (dmdnet.Batches(faces, indices, cfg)[step + 1],
-                        dmdnet.Batches(faces, indices, replace(cfg, seed=1))[step]):
-            assert not torch.equal(batch["degraded"], changed["degraded"])
-
-
-def test_two_processes_see_what_one_of_twice_their_batch_sees(monkeypatch):
-    faces, indices, whole = Album([4, 3, 1, 5]), list(range(12)), replace(ALBUM, batch=4, jitter=0.1)
-    for step in (1, 7, 15):
-        expected, halves = dmdnet.Batches(faces, indices, whole)[step], []
-        for rank in (0, 1):
-            monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
-            halves.append(dmdnet.Batches(faces, indices, replace(whole, batch=2))[step])
-        monkeypatch.undo()
-        for name in ("degraded", "target", "boxes", "references", "reference_boxes"):
-            assert torch.equal(torch.cat([half[name] for half in halves]), expected[name])
-        assert torch.equal(torch.cat([halves[0]["owner"], halves[1]["owner"] + 2]), expected["owner"])
-        for half in halves if step < 9 else ():  # what is written into the dictionary is the same in both
-            assert torch.equal(half["sharp"], expected["sharp"])
 
 
 def test_references_are_other_pictures_of_the_same_person_from_none_to_all_that_are_allowed():
@@ -826,15 +667,6 @@ def test_a_stored_dictionary_comes_back_for_the_network_that_made_it_and_no_othe
 
 
 # Training: the stages, Eq. (4), (18)
-
-
-def encoder():
-    torch.manual_seed(1)
-    net = common.Recogniser((6, 8, 10, 12)).folded()
-    for layer in net.stages.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight)  # deep features as large as shallow ones
-    return net
 
 
 def arguments(out, *options):
@@ -1039,11 +871,6 @@ def test_each_stage_teaches_what_it_should_and_nothing_else(watched):
     assert all(".extract_specific.keys." in name for name in missing) and len(missing) < 20
 
 
-def gap(gradients, expected):
-    a, b = (torch.cat([g.flatten().double() for g in many]) for many in (gradients, expected))
-    return ((a - b).norm() / b.norm()).item()
-
-
 @pytest.mark.parametrize("step", [0, 3, 5, 7])  # the first of each stage
 def test_a_step_of_each_stage_follows_the_gradient_of_equation_18(watched, step):
     """Against losses written out from the paper, on copies."""
@@ -1078,48 +905,6 @@ def test_a_step_of_each_stage_follows_the_gradient_of_equation_18(watched, step)
     assert gap(watched.adam_d.seen[step][0].gradients, expected) < 0.003
 
 
-def flat(value, name=""):
-    if isinstance(value, list | tuple):
-        value = dict(enumerate(value))
-    if isinstance(value, dict):
-        return {k: v for key, part in value.items() for k, v in flat(part, f"{name}.{key}").items()}
-    return {name: value}
-
-
-@pytest.mark.slow
-def test_a_run_broken_between_two_stages_ends_as_an_unbroken_one_and_more_steps_keep_its_items(
-        tmp_path, monkeypatch):
-    """With spectral norm, whose vectors F_spe takes over as well."""
-    cheaply(monkeypatch)
-    monkeypatch.setattr(dmdnet, "validate", lambda *_: {"validation": 5.0, "validation_psnr": 20.0})
-    cfg = replace(TINY, steps=4, stages=(0.25, 0.25, 0.25), validate_every=1, scales=(3,), spectral=True,
-                  bounded=False, residual=False)
-    dmdnet.train(cfg, arguments(tmp_path / "a"))
-    real = dmdnet.begin_stage
-    for stop in (2, 3):  # broken before the first step of a stage
-        def begin(step, *rest, stop=stop):
-            if step == stop:
-                raise KeyboardInterrupt
-            return real(step, *rest)
-
-        monkeypatch.setattr(dmdnet, "begin_stage", begin)
-        with pytest.raises(KeyboardInterrupt):
-            dmdnet.train(cfg, arguments(tmp_path / "b", *(["--resume"] if stop > 2 else [])))
-    monkeypatch.setattr(dmdnet, "begin_stage", real)
-    dmdnet.train(cfg, arguments(tmp_path / "b", "--resume"))
-    a, b = (flat(common.load_weights(tmp_path / run / "checkpoint.pt")) for run in "ab")
-    assert set(a) == set(b) and a[".step"] == 4
-    different = [name for name in a if not (
-        torch.equal(a[name], b[name]) if torch.is_tensor(a[name]) else a[name] == b[name])]
-    assert set(different) <= {".seconds", ".run_id", ".data.out"}
-    args = arguments(tmp_path / "b", "--resume", "--steps", "8")
-    dmdnet.train(common.chosen_config(args, dmdnet.PRESETS, dmdnet.VARIANTS), args)
-    longer = flat(common.load_weights(tmp_path / "b" / "checkpoint.pt"))
-    items = [name for name in a if ".generic_" in name and name.startswith(".net")]
-    assert longer[".step"] == 8 and items and all(torch.equal(longer[name], a[name]) for name in items)
-    assert longer[".run_id"] == b[".run_id"] != a[".run_id"]
-
-
 def test_mistaken_references_are_those_of_somebody_else_for_the_same_degraded_faces():
     faces, net = common.RenderedFaces(64, identities=4, per_identity=3), dmdnet.DMDNet(TINY)
     some = [0, 1, 5, 8]
@@ -1130,29 +915,6 @@ def test_mistaken_references_are_those_of_somebody_else_for_the_same_degraded_fa
         for face, reference in zip(batch["owner"], batch["references"], strict=True):
             shown, = (k for k in range(12) if torch.equal(faces[k].image, reference))
             assert (faces.identity[shown] == faces.identity[some[face]]) == of_the_person
-
-
-@pytest.mark.slow
-def test_a_short_training_improves_held_out_faces(face_folder, tmp_path, monkeypatch):
-    """Seven people of 24 are held out, for an interval narrower than that of the usual two."""
-
-    def split(faces):
-        people = (range(16), range(16, 17), range(17, 24))
-        return [[i for i, who in enumerate(faces.identity.tolist()) if who in part] for part in people]
-
-    monkeypatch.setattr(common, "load_encoder", lambda *_: encoder())
-    monkeypatch.setattr(common, "recogniser", lambda *_: encoder())
-    monkeypatch.setattr(common, "split_identities", split)
-    monkeypatch.setattr(common, "TASKS", {"x4": 4, "x8": 8})
-    cfg = replace(TINY, batch=4, steps=80, learning_rate=4e-3, weight_perceptual=0.1, weight_style=0.0,
-                  weight_adversarial=(0.0, 0.0, 0.0))
-    dmdnet.train(cfg, arguments(tmp_path, "--data", str(face_folder)))
-    for task in json.loads((tmp_path / "result.json").read_text())["test"].values():
-        assert task["faces"] == 35 and task["paired_psnr_gain"]["ci95"][0] > 0.03
-        assert task["restored"]["psnr"] > task["input"]["psnr"] + 0.1
-        assert task["without_references"]["psnr"] != task["restored"]["psnr"]
-        assert task["stranger"]["psnr"] not in (task["restored"]["psnr"], task["without_references"]["psnr"])
-    assert (tmp_path / "samples.png").stat().st_size > 0
 
 
 # The released network, whose numbers and names test_official.py checks
@@ -1196,16 +958,7 @@ def test_released_boxes_are_the_official_ones_also_at_the_border():
     assert (boxes[5, 3, 2:] - boxes[5, 3, :2]).tolist() == pytest.approx([35, 35], abs=1)
 
 
-def test_released_components_are_whole_features_resized_and_at_least_one():
-    features = random(2, 3, 16, 20)
-    boxes = torch.tensor([[[9.0, 7, 30, 31], [0, 0, 63, 63], [41, 17, 79, 50]],
-                          [[-3.0, 4, 20, 26], [13, 13, 25, 25], [50, 21, 77, 63]]])
-    parts = dmdnet.cut_components(features, boxes, 4, (5, 3, 11))
-    for index, (part, side) in enumerate(zip(parts, (5, 3, 11), strict=True)):
-        for n in range(2):
-            x1, y1, x2, y2 = (max(int(v) // 4, 0) for v in boxes[n, index].tolist())
-            expected = resized(features[n, :, y1:y2, x1:x2], side, side)
-            torch.testing.assert_close(part[n], expected, rtol=1e-4, atol=1e-5)
+def test_a_released_component_is_at_least_one_feature():
     small = torch.tensor([[[9.0, 9, 14, 14]]])  # as of a face seen from far
     assert dmdnet.cut_components(random(1, 3, 8, 8), small, 8, (4,))[0].shape == (1, 3, 4, 4)
 

@@ -1,7 +1,6 @@
-"""GFRNet: every equation against an independent form, guides on posed heads, learning by a gain."""
+"""GFRNet: every equation against an independent form, guides on posed heads."""
 
 import copy
-import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,30 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import WatchedAdam, gap, random, randomised, some_encoder, uniform
 from torch import nn
 
 import common
 import gfrnet
 
 TINY = replace(gfrnet.TINY, size=64, width=4, discriminator_width=4, batch=2)
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def uniform(*shape, seed=0):
-    """Uniform in [-1,1]."""
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def randomised(module, spread=0.1, seed=5):
-    """Every parameter random: some start at zero, which would hide what depends on them."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
-    return module
 
 
 def in_pixels(flow, size):
@@ -48,14 +30,10 @@ def in_range(pixels, size):
 # Config
 
 
-def test_the_schedule_and_table_1():
-    cfg, paper = replace(TINY, steps=10, cooldown=0.5, learning_rate=1e-3), gfrnet.PAPER
-    rates = [cfg.rate(step) for step in range(1, 11)]
-    assert rates == pytest.approx([1e-3] * 6 + [8e-4, 6e-4, 4e-4, 2e-4])
-    assert paper.rate(1) == paper.rate(paper.steps) == 2e-4
+def test_warp_net_is_trained_alone_for_the_papers_epochs():
+    paper = gfrnet.PAPER
     alone = round(paper.warp_share * paper.steps)  # 5 epochs of 20,273 pairs, then 100
     assert (alone, paper.steps - alone) == (5 * 20_273, 100 * 20_273)
-    assert gfrnet.PAPER_FIGURES.keys() == gfrnet.VARIANTS.keys()
 
 
 # Eq. (2): warping
@@ -191,17 +169,6 @@ def test_widths_are_those_of_pix2pix_and_full_has_nearly_twice_the_parameters_of
         assert [c.out_channels for c in up] == [512, 512, 512, 512, 256, 128, 64, out]
 
 
-def test_warp_net_has_no_skips_and_rec_net_has():
-    """With the 1x1 map dead, WarpNet is blind; RecNet still sees its input past it."""
-    first, second = uniform(2, 2, 3, 64, 64), uniform(2, 2, 3, 64, 64, seed=1)
-    for kind, blind in ((gfrnet.WarpNet, True), (gfrnet.RecNet, False)):
-        net = randomised(kind(replace(TINY, residual=False)), 0.3)
-        assert not torch.allclose(net(*first), net(*second), atol=1e-3)
-        middle = layers(net)[0][-1]
-        middle.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
-        assert torch.allclose(net(*first), net(*second), atol=1e-5) == blind
-
-
 def test_flow_starts_at_the_identity_and_all_of_warp_net_learns():
     torch.manual_seed(0)
     net = gfrnet.WarpNet(TINY)
@@ -315,15 +282,6 @@ def test_the_local_discriminator_sees_only_the_box_and_the_global_one_all():
 
 
 # Eq. (5) and (6): reconstruction
-
-
-def some_encoder(widths=(6, 8, 10, 12)):
-    torch.manual_seed(1)
-    net = common.Recogniser(widths).folded()
-    for layer in net.stages.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight)
-    return net
 
 
 def test_perceptual_loss_is_equation_5():
@@ -552,28 +510,6 @@ def rendered(face_folder):
     return faces
 
 
-@pytest.mark.parametrize("stranger", [False, True])
-def test_batches_follow_from_seed_step_and_place_so_two_processes_see_what_one_would(
-    stranger, rendered, monkeypatch
-):
-    cfg = replace(TINY, stranger=stranger)
-
-    def batch(step, **changes):
-        return gfrnet.Batches(rendered, list(range(30)), replace(cfg, **changes))[step]
-
-    whole = batch(5, batch=4, steps=9999)
-    assert whole[0].shape == (4, 3, 64, 64) and whole[3].shape == (4, 68, 2)
-    assert len(whole[0].sub(whole[1]).abs().mean((1, 2, 3)).unique()) == 4  # each degraded in its own way
-    for other in (batch(6, batch=4), batch(5, batch=4, seed=1)):
-        assert not torch.equal(whole[0], other[0])
-    halves = []
-    for rank in range(2):
-        monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
-        halves.append(batch(5))
-    for parts, expected in zip(zip(*halves, strict=True), whole, strict=True):
-        assert torch.equal(torch.cat(parts), expected)
-
-
 def shown(faces, image):
     """Which pictures of the data set this is, mirrored or not: [(number, mirrored)]."""
     gaps = torch.stack([(faces.images - x).abs().amax((1, 2, 3)) for x in (image, image.flip(2))])
@@ -622,13 +558,6 @@ def test_random_guides_of_batches_are_other_people_drawn_anew(rendered):
 
 
 # Restoration and measuring
-
-
-@pytest.fixture
-def float32(monkeypatch):
-    """Exact arithmetic, also where the processor gains from bfloat16."""
-    kind = common.autocast
-    monkeypatch.setattr(common, "autocast", lambda device, _="auto": kind(device, "float32"))
 
 
 def test_restore_is_the_network_in_evaluation_mode_for_any_batch_size(float32):
@@ -715,39 +644,6 @@ def test_a_guided_network_is_also_measured_with_the_guides_of_strangers(rendered
 # Training: Eq. (12), the schedule, learning
 
 
-class WatchedAdam(torch.optim.Adam):
-    """Keeps what every step sees: gradients of both optimisers' parameters, and its own parameters."""
-
-    made = []
-
-    def __init__(self, parameters, *args, **kwargs):
-        super().__init__(list(parameters), *args, **kwargs)
-        self.seen, self.rates = [], []
-        self.made.append(self)
-
-    def step(self, closure=None):
-        gradients = []
-        for adam in self.made:
-            parameters = adam.param_groups[0]["params"]
-            gradients.append([None if p.grad is None else p.grad.clone() for p in parameters])
-        self.rates.append(self.param_groups[0]["lr"])
-        self.seen.append((gradients, [p.detach().clone() for p in self.param_groups[0]["params"]]))
-        return super().step(closure)
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """main() without what it draws, measures and learns beforehand."""
-    WatchedAdam.made = []
-    monkeypatch.setattr(torch.optim, "Adam", WatchedAdam)
-    monkeypatch.setattr(gfrnet, "evaluate", lambda *_: {})
-    monkeypatch.setattr(gfrnet, "samples", lambda *_: {})
-    monkeypatch.setattr(common, "report", lambda *_: None)
-    monkeypatch.setattr(common, "_write_log", lambda *_: None)
-    monkeypatch.setattr(common, "load_encoder", lambda *_: some_encoder())
-    return monkeypatch
-
-
 def train(patch, cfg, folder, out, *argv):
     patch.setitem(gfrnet.PRESETS, "tiny", cfg)
     paths = ["--data", str(folder), "--out", str(out)]
@@ -783,11 +679,6 @@ def watch(patch, cfg, folder, out):
     faces = common.FaceFolder(folder, cfg.size)
     watched.batches = gfrnet.Batches(faces, common.split_identities(faces)[0], cfg)
     return watched
-
-
-def gap(gradients, expected):
-    a, b = (torch.cat([g.flatten().double() for g in many]) for many in (gradients, expected))
-    return ((a - b).norm() / b.norm()).item()
 
 
 def gradient(loss, parameters):
@@ -848,7 +739,7 @@ def test_every_step_follows_the_gradient_of_its_objective(quick, face_folder, tm
     generator, discriminators = watched.adams
     assert len(generator.seen) == 3 and len(discriminators.seen) == 2  # the judges wait for pictures
 
-    own, others = generator.seen[0][0]
+    own, others = generator.seen[0]
     net = watched.nets[0]
     degraded, _, guide, landmarks, guide_landmarks = watched.batches[0]
     flow = net(degraded, guide)[2]
@@ -861,14 +752,14 @@ def test_every_step_follows_the_gradient_of_its_objective(quick, face_folder, tm
         net, judges, terms, judged = equation_12(watched, step)
         gradients = {name: gradient(term, list(net.parameters())) for name, term in terms.items()}
         total = [sum(many) for many in zip(*gradients.values(), strict=True)]
-        (own, _), _ = generator.seen[step]
+        own, _ = generator.seen[step]
         assert gap(own, total) < 0.003
         for name, term in gradients.items():  # a missing term would be noticed
             lacking = [a - b for a, b in zip(total, term, strict=True)]
             assert gap(lacking, total) > 0.01, name
-        (_, seen), _ = discriminators.seen[step - 1]
+        _, seen = discriminators.seen[step - 1]
         assert gap(seen, gradient(judged, list(judges.parameters()))) < 0.003
-    assert not any(g.any() for g in generator.seen[1][0][1] if g is not None)  # nothing for the judges
+    assert not any(g.any() for g in generator.seen[1][1] if g is not None)  # nothing for the judges
 
 
 @pytest.mark.slow
@@ -886,47 +777,16 @@ def test_variants_train_end_to_end_for_as_many_steps_as_full_without_the_terms_t
         assert len(WatchedAdam.made[-1].seen) == 2  # the discriminators'
 
 
-def test_both_optimisers_take_the_rate_of_the_step(quick, face_folder, tmp_path):
-    cfg = replace(TINY, steps=6, warp_share=1 / 3, validate_every=6, cooldown=0.5, learning_rate=1e-3)
-    train(quick, cfg, face_folder, tmp_path)
-    generator, discriminators = WatchedAdam.made
-    expected = [cfg.rate(step) for step in range(1, 7)]
-    assert expected[-1] < 0.5e-3
-    assert generator.rates == pytest.approx(expected)
-    assert discriminators.rates == pytest.approx(expected[2:])
-
-
 def test_the_rates_are_a_tenth_and_a_hundredth_once_validation_stops_falling(quick, face_folder, tmp_path):
-    """2e-4, 2e-5, 2e-6, each until the loss is no longer falling; WarpNet's own steps do not count."""
+    """Of the rate of the step, until the loss is no longer falling; WarpNet's own steps do not count."""
     losses = iter([1.0, 2.0, 3.0, 5.0, 4.0, 4.5, 4.6, 3.9, 3.8, 4.4, 4.5, 4.6])
     quick.setattr(gfrnet, "validate", lambda *_: {"validation": next(losses)})
-    cfg = replace(TINY, steps=12, warp_share=0.25, validate_every=1, patience=1, cooldown=0)
-    train(quick, replace(cfg, learning_rate=2e-4), face_folder, tmp_path)
-    generator, discriminators = WatchedAdam.made
-    assert generator.rates == pytest.approx([2e-4] * 7 + [2e-5] * 4 + [2e-6])
-    assert discriminators.rates == pytest.approx(generator.rates[3:])
-
-
-def test_more_steps_on_resume_do_not_train_warp_net_alone_again(quick, face_folder, tmp_path):
-    cfg = replace(TINY, steps=4, warp_share=0.5, validate_every=4)
+    cfg = replace(TINY, steps=12, warp_share=0.25, validate_every=1, patience=1, cooldown=0.5)
     train(quick, cfg, face_folder, tmp_path)
-    state = train(quick, cfg, face_folder, tmp_path, "--resume", "--steps", "8")
-    assert state["warp_steps"] == 2 and state["step"] == 8
-    assert len(WatchedAdam.made[-1].seen) == 4  # the discriminators': every step is end to end
-
-
-def test_training_asks_for_landmarks_instead_of_taking_average_ones(quick, face_folder, tmp_path):
-    """With the same landmarks everywhere the flow would learn the identity, without a word."""
-    for file in face_folder.glob("person_0[0-4]/*.png"):
-        copied = tmp_path / "faces" / file.parent.name / file.name
-        common.write_image(copied, common.read_image(file))
-
-    def detect(*args, **options):
-        raise common.InputError("the detector was asked")
-
-    quick.setattr(common, "detect_landmarks", detect)
-    with pytest.raises(common.InputError, match="detector was asked"):
-        train(quick, TINY, tmp_path / "faces", tmp_path / "run", "--aligned")
+    generator, discriminators = WatchedAdam.made
+    factors = [1] * 7 + [0.1] * 4 + [0.01]
+    assert generator.rates == pytest.approx([cfg.rate(step) * x for step, x in enumerate(factors, 1)])
+    assert discriminators.rates == pytest.approx(generator.rates[3:])
 
 
 @pytest.mark.slow
@@ -947,24 +807,3 @@ def test_warp_net_learns_to_align_guides_by_the_flow_loss(rendered):
     assert errors[0] > 2  # pixels
     assert errors[-1] < 0.4 * errors[0]
     assert gfrnet.tv_loss(flow) < 16  # the identity has 8
-
-
-def split_for_learning(faces):
-    """Seven people of 24 are held out, for an interval narrower than that of the usual two."""
-    people = faces.identity.tolist()
-    parts = range(16), range(16, 17), range(17, 24)
-    return [[i for i, who in enumerate(people) if who in part] for part in parts]
-
-
-@pytest.mark.slow
-def test_a_short_training_improves_held_out_faces(face_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "split_identities", split_for_learning)
-    monkeypatch.setattr(common, "load_encoder", lambda *_: some_encoder())
-    monkeypatch.setattr(common, "metrics", lambda faces, args: {"psnr": common.psnr})
-    monkeypatch.setattr(common, "TASKS", {"x4": 4, "x8": 8})
-    cfg = replace(gfrnet.TINY, size=64, width=8, discriminator_width=4, warp_share=0.15, steps=120)
-    train(monkeypatch, replace(cfg, validate_every=120), face_folder, tmp_path)
-    result = json.loads((tmp_path / "result.json").read_text())
-    for task in result["test"].values():
-        assert task["faces"] == 28  # four targets each
-        assert task["paired_psnr_gain"]["ci95"][0] > 0

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -313,21 +314,6 @@ def test_detected_landmarks_are_written_and_given_ones_are_not(album, tmp_path, 
 
 # ------------------------------------------------------------------------------------ What goes wrong
 
-def test_too_little_memory_halves_the_batch_and_then_is_a_line(capsys):
-    refused = "[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: you"
-
-    def call(part, largest):
-        if part.stop - part.start > largest:
-            raise RuntimeError(refused)
-        return torch.arange(10)[part]
-    assert common.in_batches(lambda part: call(part, 3), 10, 8).tolist() == list(range(10))
-    assert "going on with 2 faces" in capsys.readouterr().err
-    with pytest.raises(InputError, match="not enough memory for one face"):
-        common.in_batches(lambda part: call(part, 0), 10, 8)
-    with pytest.raises(RuntimeError, match="another"):
-        common.in_batches(lambda part: (_ for _ in ()).throw(RuntimeError("another")), 10, 8)
-
-
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_a_script_out_of_memory_ends_with_one_line(error, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["dfdnet.py"])
@@ -342,7 +328,7 @@ def test_a_script_out_of_memory_ends_with_one_line(error, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_a_training_in_a_line_and_leaves_the_last_checkpoint(face_folder, run, tmp_path):
+def test_a_full_disk_ends_a_training_in_a_line_and_leaves_the_last_checkpoint(people, run, tmp_path):
     """The first checkpoint fits the disk. The second does not: no file may have more bytes than the first."""
     planted = """
 import os, resource, signal
@@ -356,8 +342,7 @@ def full(run, step, *a):
     save(run, step, *a)
 common.Run.save = full
 """
-    done = run("dfdnet", "--train", "--data", face_folder, "--out", "run", cwd=tmp_path, changes=planted)
-    assert done.status == 2, done.stderr
+    done = run("dfdnet", "--train", "--data", people, "--out", "run", cwd=tmp_path, changes=planted, status=2)
     line, = done.stderr.splitlines()
     assert line.startswith("dfdnet.py: ") and "checkpoint.pt: cannot be written (File too large)" in line
     assert common.load_weights(tmp_path / "run" / "checkpoint.pt")["step"] == 2
@@ -379,7 +364,7 @@ def test_a_full_disk_ends_a_folder_in_a_line_and_leaves_whole_pictures(album, tm
 
 @pytest.mark.slow
 def test_sigterm_in_the_middle_of_writing_leaves_the_last_checkpoint_and_nothing_half_written(
-        face_folder, run, tmp_path):
+        people, run, tmp_path):
     planted = """
 import os, signal
 save = torch.save
@@ -390,16 +375,40 @@ def stopped(state, file):
     save(state, file)
 torch.save = stopped
 """
-    done = run("dfdnet", "--train", "--data", face_folder, "--out", "run", cwd=tmp_path, changes=planted)
-    assert done.status == 143 and "Traceback" not in done.stderr, done.stderr
+    done = run("dfdnet", "--train", "--data", people, "--out", "run", cwd=tmp_path, changes=planted,
+               status=143)
+    assert "Traceback" not in done.stderr
     assert not [file.name for file in (tmp_path / "run").iterdir() if file.name.startswith(".")]
     assert common.load_weights(tmp_path / "run" / "checkpoint.pt")["step"] == 2
 
 
-def test_a_second_training_in_a_folder_is_refused_and_leaves_it_as_it_is(face_folder, run, tmp_path):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_sigterm_while_python_clears_an_object_away_stops_the_script_at_its_next_step(monkeypatch):
+    """Python drops an exception that is raised there."""
+    monkeypatch.setattr(common.Progress, "stop", None)
+    steps = []
+
+    def main():
+        module = torch.nn.Identity()
+        gone = weakref.ref(module, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        del module
+        assert gone() is None                     # still running: the exception was dropped
+        progress = common.Progress("training", 3)
+        for step in range(1, 4):
+            steps.append(step)
+            progress.update(step)
+    try:
+        with pytest.raises(SystemExit) as end:
+            common.run_script(main)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert end.value.code == 143 and steps == [1]
+
+
+def test_a_second_training_in_a_folder_is_refused_and_leaves_it_as_it_is(people, run, tmp_path):
     with common._alone_in(tmp_path / "run"):
-        done = run("dfdnet", "--train", "--data", face_folder, "--out", "run", cwd=tmp_path)
-        assert done.status == 2 and not (tmp_path / "run").exists()
+        done = run("dfdnet", "--train", "--data", people, "--out", "run", cwd=tmp_path, status=2)
+        assert not (tmp_path / "run").exists()
         line, = done.stderr.splitlines()
         assert "another process trains in it" in line
     with common._alone_in(tmp_path / "run"):                              # free again
