@@ -42,9 +42,7 @@ SCRIPT = "asffnet"
 STRIDE = 4                           # pixels a feature
 
 
-# --------------------------------------------------------------------------------------
-# 2. Config
-# --------------------------------------------------------------------------------------
+# 2. Config ----------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
@@ -161,9 +159,7 @@ CLAIMS = [                           # "full" has four ASFF blocks
     Claim("8-asff", "full", equal=True)]                                     # Table 2
 
 
-# --------------------------------------------------------------------------------------
-# 3. Network
-# --------------------------------------------------------------------------------------
+# 3. Network ---------------------------------------------------------------------------
 
 def homogeneous(points):
     """[x, y] → [x, y, 1]: (…,2) → (…,3)."""
@@ -520,9 +516,7 @@ class Discriminator(nn.Module):
         return self.layers(image)
 
 
-# --------------------------------------------------------------------------------------
-# 4. Losses
-# --------------------------------------------------------------------------------------
+# 4. Losses ----------------------------------------------------------------------------
 
 def ranking_loss(distances, best):
     """Eq. (4): Σ_{k≠k*} max(0, 1 − (D_a²(L^d, L_k^g) − D_a²(L^d, L_k*^g))).
@@ -595,9 +589,7 @@ def photo_realistic_losses(features, target_features, fake, cfg):
             "adversarial": cfg.weight_adversarial * adversarial_loss(fake)}
 
 
-# --------------------------------------------------------------------------------------
-# 5. Data
-# --------------------------------------------------------------------------------------
+# 5. Data ------------------------------------------------------------------------------
 
 def with_others(faces, indices):
     """Those of the pictures whose person has another one, which can guide."""
@@ -666,9 +658,7 @@ class Batches(torch.utils.data.Dataset):
         return [torch.stack(part) for part in zip(*samples)]
 
 
-# --------------------------------------------------------------------------------------
-# 6. Training
-# --------------------------------------------------------------------------------------
+# 6. Training --------------------------------------------------------------------------
 
 def train(cfg, args):
     """Train on args.data, write the run into args.folder; see Config for every number."""
@@ -800,9 +790,7 @@ def draw_attention(attention, batch):
     return common.comparison_grid(columns)
 
 
-# --------------------------------------------------------------------------------------
-# 7. Restoration
-# --------------------------------------------------------------------------------------
+# 7. Restoration -----------------------------------------------------------------------
 
 def restore(net, degraded, landmarks, exemplars, exemplar_landmarks, batch=8,
             precision="auto", known=None):
@@ -887,8 +875,9 @@ def evaluate(net, faces, indices, cfg, args):
     The column `stranger` is what the network makes of somebody else's exemplars.
     """
     metrics = common.metrics(faces, args)
-    several = len(faces.identity[indices].unique()) > 1
-    ways = {"restored": False} | ({"stranger": True} if several else {})      # mistaken
+    ways = {"restored": False}                             # are the exemplars mistaken?
+    if len(faces.identity[indices].unique()) > 1:
+        ways["stranger"] = True
     table = {}
     for task, scale in common.TASKS.items():
         batches = {way: restored_batches(net, faces, indices, cfg, scale,
@@ -921,9 +910,7 @@ def load_network(args):
     return net, cfg
 
 
-# --------------------------------------------------------------------------------------
-# 8. Command line
-# --------------------------------------------------------------------------------------
+# 8. Command line ----------------------------------------------------------------------
 
 def main(argv=None):
     parser = common.arguments(__doc__, PRESETS, VARIANTS)
@@ -974,9 +961,7 @@ def main(argv=None):
     return 1 if failures else 0
 
 
-# --------------------------------------------------------------------------------------
-# 9. Released network
-# --------------------------------------------------------------------------------------
+# 9. Released network ------------------------------------------------------------------
 # What the authors' published weights were trained as differs from the paper: two fixed
 # groups of landmarks choose the guide; AdaIN comes before the warp; the warp inverts a
 # fit around the guide's landmarks, leaves the jaw out, and is half a feature off; the

@@ -101,9 +101,7 @@ class _NoFaceError(InputError):
     """The detector finds no face in a picture."""
 
 
-# --------------------------------------------------------------------------------------
-# 1. Images
-# --------------------------------------------------------------------------------------
+# 1. Images ----------------------------------------------------------------------------
 
 def read_image(path):
     """Read any picture Pillow opens → (3,H,W) RGB in [-1,1].
@@ -202,9 +200,7 @@ def show(pictures, titles=(), columns=None, width=1.4):
     pyplot.show()
 
 
-# --------------------------------------------------------------------------------------
-# 2. Degradation
-# --------------------------------------------------------------------------------------
+# 2. Degradation -----------------------------------------------------------------------
 
 class Range(NamedTuple):
     """low, low + step, … high; every number between where step is 0.
@@ -407,9 +403,7 @@ def _resampling(before, after, mode, device, sigma=0.0):
     return resampled[0, 0]
 
 
-# --------------------------------------------------------------------------------------
-# 3. Landmarks
-# --------------------------------------------------------------------------------------
+# 3. Landmarks -------------------------------------------------------------------------
 # The 68-point scheme; 17-26 are the brows. "Left" is the image's left.
 
 JAW = slice(0, 17)
@@ -727,9 +721,7 @@ def detect_landmarks(image, device="cpu", name="this picture", aligned=False):
     return faces[faces.var(1).sum(1).argsort(descending=True)]
 
 
-# --------------------------------------------------------------------------------------
-# 4. Metrics
-# --------------------------------------------------------------------------------------
+# 4. Metrics ---------------------------------------------------------------------------
 
 def psnr(restored, target):
     """Peak signal-to-noise ratio in dB, (B,3,H,W) in [-1,1] → (B,). The peak is 2."""
@@ -900,9 +892,7 @@ def paired_gain(restored, baseline, seed=0):
     return {"mean": difference.mean().item(), "ci95": interval.tolist()}
 
 
-# --------------------------------------------------------------------------------------
-# 5. Faces from folders
-# --------------------------------------------------------------------------------------
+# 5. Faces from folders ----------------------------------------------------------------
 
 class Face(NamedTuple):
     image: torch.Tensor        # (3,H,W) float32 in [-1,1]
@@ -1209,9 +1199,7 @@ def augment(images, landmarks, generator, shift=0.02, jitter=0.0):
     return images, landmarks
 
 
-# --------------------------------------------------------------------------------------
-# 6. Recognition networks
-# --------------------------------------------------------------------------------------
+# 6. Recognition networks --------------------------------------------------------------
 
 class Recogniser(nn.Module):
     """A small VGG-style face recognition network, in place of VGG-Face and ArcFace.
@@ -1570,9 +1558,7 @@ def unpack(record):
     return net.eval().requires_grad_(False)
 
 
-# --------------------------------------------------------------------------------------
-# 7. Published weights
-# --------------------------------------------------------------------------------------
+# 7. Published weights -----------------------------------------------------------------
 
 _TIMEOUT = 20, 60            # seconds to a connection, and between two pieces
 
@@ -1800,9 +1786,7 @@ def _shape(tensor):
     return "×".join(map(str, tensor.shape)) or "a number"
 
 
-# --------------------------------------------------------------------------------------
-# 8. Runs and the command line
-# --------------------------------------------------------------------------------------
+# 8. Runs and the command line ---------------------------------------------------------
 
 def seeded(*numbers):
     """A random stream of its own for every tuple of whole numbers ≥ 0, for example
@@ -1855,7 +1839,8 @@ def channels_last(network, device):
     """Move a network to `device`, the weights of its convolutions to channels_last.
 
     Its other tensors of four axes, such as the entries of a dictionary, keep their
-    order. """
+    order.
+    """
     network.to(device)
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -1889,7 +1874,8 @@ def keep_freed_memory():
     """Let memory that was freed stay with the process, on Linux.
 
     Else the C library gives every tensor above 32 MB back at once and the next one is
-    paged in anew: up to a quarter of the time of a 512×512 face. """
+    paged in anew: up to a quarter of the time of a 512×512 face.
+    """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")
         library.mallopt(-4, 0)  # M_MMAP_MAX: from the heap instead
@@ -1914,7 +1900,8 @@ def in_batches(call, count, batch):
     """call(slice) for `count` faces, `batch` at a time → its results in one tensor.
 
     `call` may also give several tensors, or None for one that it does not make. Out of
-    memory, the batch is halved, with a line that says so. """
+    memory, the batch is halved, with a line that says so.
+    """
     results = []
     start = 0
     while start < count:
@@ -2286,7 +2273,8 @@ def parse(parser, argv, script):
 
     device: torch.device; folder: of the run; out: of restored pictures; checkpoint: a
     Path; state: the checkpoint, read once, where the command goes on from one or uses
-    one; else None; prepared: another row's dictionary.pt is there (`planned_runs`). """
+    one; else None; prepared: another row's dictionary.pt is there (`planned_runs`).
+    """
     args = parser.parse_args(argv)
     args.begin = time.monotonic()
     args.prepared = False
@@ -2419,7 +2407,8 @@ class Run:
     as they are. frozen: networks that never change, {name: network}. Public: step (the
     last one done), rows (of log.csv), seconds (of all sessions, up to the last
     checkpoint), factor (of the learning rate: cfg.plateau to the power of how often
-    validation stopped falling, at least 0.01). """
+    validation stopped falling, at least 0.01).
+    """
 
     def __init__(self, script, cfg, args, faces, frozen=None, steps=None, title="", **parts):
         self.script = script
@@ -2497,7 +2486,8 @@ class Run:
         log.csv, curves.png.
 
         With cfg.patience, more losses in a row than that which are no better multiply
-        `factor` by cfg.plateau. """
+        `factor` by cfg.plateau.
+        """
         self.step = step
         self.seconds = self.earlier + time.monotonic() - self.args.begin
         if world() > 1:                                  # process 0's numbers, for all
@@ -2717,7 +2707,8 @@ def planned_runs(args, script, presets, variants, claims, figures, prepared=None
     claims: of Claim; figures: the paper's, {row: {column: value}}. Rows of equal numbers
     are one run. `prepared` names the number of Config that decides what dictionary.pt
     holds: it is made once for each. `tested` names one that training does not read: its
-    rows come as --evaluate. """
+    rows come as --evaluate.
+    """
     if args.variant != "all":
         with _alone_in(args.folder):
             yield args
@@ -2890,7 +2881,8 @@ def restore_files(args, size, restore_crops, need_landmarks=False):
     written as photo.jpg.txt beside the results: corrected by hand, they serve as
     `--landmarks`. An aligned crop without landmarks gets the average ones, with
     `need_landmarks` the detector's. Existing results are skipped without --overwrite; a
-    file that fails is named. Returns the number of failures. """
+    file that fails is named. Returns the number of failures.
+    """
     files = _pictures(args.restore, "--restore", args.out)
     source = Path(args.restore)
     results = _results(files, source if source.is_dir() else source.parent, args.out)
@@ -3005,7 +2997,8 @@ def read_references(source, size, args, need_landmarks=False):
     face of each.
 
     → images (N,3,size,size), their landmarks (N,68,2), the files. In a folder, a file
-    that fails is named on stderr and left out; if none is left, InputError. """
+    that fails is named on stderr and left out; if none is left, InputError.
+    """
     images, points, used = [], [], []
     files = _pictures(source, "--reference")
     for file in files:
@@ -3127,9 +3120,7 @@ def run_script(main):
 
 
 # Nothing below is needed to understand a paper.
-# --------------------------------------------------------------------------------------
-# 9. Rendered faces
-# --------------------------------------------------------------------------------------
+# 9. Rendered faces --------------------------------------------------------------------
 # Skull, face, ears, neck and shoulders are one surface: a grid over height and azimuth.
 # The hair is a second one. A length of 1 is 100 pixels of a 512 x 512 picture; x points
 # to the right, y down, z to the camera; the eyes are at (+-0.63, 0). X (sideways) and T

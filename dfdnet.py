@@ -27,7 +27,8 @@ averaged. The dictionary's faces are not balanced by pose and expression. Withou
 --dictionary-data the training faces make it; the paper makes it of FFHQ and trains
 on VGGFace2. Layers that the paper does not describe (MSDilate, the last convolutions) are
 the released network's. TINY differs from the paper in size, and in what Config says
-beside it. """
+beside it.
+"""
 import contextlib
 import json
 from dataclasses import dataclass, replace
@@ -47,9 +48,7 @@ SCRIPT = "dfdnet"
 COMPONENTS = tuple(common.COMPONENTS)           # left eye, right eye, nose, mouth
 
 
-# --------------------------------------------------------------------------------------
-# 2. Config
-# --------------------------------------------------------------------------------------
+# 2. Config ----------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
@@ -103,7 +102,8 @@ class Config:
 
         The paper's are 40, 40, 25, 55 at scale 1 of 256 pixels, halved from scale to
         scale; in proportion for other sizes. Below `smallest`, Eq. (3) has no statistics
-        to match. """
+        to match.
+        """
         sizes = []
         for scale in range(4):
             shrink = self.component_base * 2**scale
@@ -146,9 +146,7 @@ CLAIMS = [
     Claim("full", "no-confidence")]
 
 
-# --------------------------------------------------------------------------------------
-# 3. Network
-# --------------------------------------------------------------------------------------
+# 3. Network ---------------------------------------------------------------------------
 
 def crop_components(features, boxes, stride, sizes):
     """RoIAlign: features (B,C,h,w), boxes (B,parts,4) in pixels → parts, (B,C,n,n) each.
@@ -226,7 +224,8 @@ def match_features(part, entries, cadain=True):
     cannot change the winner: one product of the vector σ·F with the fixed matrix Z
     decides. As every Z_k,c sums to 0, F may be centred first. That keeps the numbers
     small: what it drops is a thousand times larger than the differences between entries.
-    Without CAdaIN, S_k = ⟨F, Dic_k⟩. """
+    Without CAdaIN, S_k = ⟨F, Dic_k⟩.
+    """
     with torch.autocast(part.device.type, enabled=False):      # else scores have three digits
         return (matching_query(part, cadain) @ entries.flatten(1).T).argmax(1)
 
@@ -257,7 +256,8 @@ class ConfidenceScore(nn.Module):
     """Eq. (5): F̂ = F^d + RDic* · F_Conf(RDic* − F^d). (B,C,h,w) each.
 
     The score is a convolution's output, bounded by nothing: it learns to be small where
-    F^d lacks little. """
+    F^d lacks little.
+    """
 
     def __init__(self, channels):
         super().__init__()
@@ -371,7 +371,8 @@ class DFDNet(nn.Module):
     landmarks → restored.
 
     The encoder is frozen: were it trained, its features would drift away from the
-    dictionaries'. """
+    dictionaries'.
+    """
     block = DFTBlock
     stage = SFTStage
 
@@ -440,9 +441,7 @@ class Discriminators(nn.ModuleList):
         return [net(F.avg_pool2d(image, r)) for net, r in zip(self, (1, 2, 4, 8))]
 
 
-# --------------------------------------------------------------------------------------
-# 4. Losses
-# --------------------------------------------------------------------------------------
+# 4. Losses ----------------------------------------------------------------------------
 
 def pixel_loss(restored, target):
     """Eq. (7), first term: ‖Î − I^h‖², as a mean over pixels (the paper names it the mean
@@ -480,15 +479,14 @@ def adversarial_loss(fake, weights):
     return -sum(w * f.float().mean() for w, f in zip(weights, fake))
 
 
-# --------------------------------------------------------------------------------------
-# 5. Data
-# --------------------------------------------------------------------------------------
+# 5. Data ------------------------------------------------------------------------------
 
 class Batches(torch.utils.data.Dataset):
     """Training batch number `step`, from 0: (degraded, target, boxes).
 
     Every face draws from a random stream of its own, (seed, step, place in the whole batch):
-    resuming, or more processes of smaller batches, changes nothing. """
+    resuming, or more processes of smaller batches, changes nothing.
+    """
 
     def __init__(self, faces, indices, cfg):
         self.faces = faces
@@ -650,9 +648,7 @@ def load_frozen(args, key):
     return encoder, frozen["dictionary"], key
 
 
-# --------------------------------------------------------------------------------------
-# 6. Training
-# --------------------------------------------------------------------------------------
+# 6. Training --------------------------------------------------------------------------
 
 def train(cfg, args):
     """Train on args.data, write the run into args.folder; see Config for every number."""
@@ -732,9 +728,7 @@ def samples(net, faces, indices, cfg, precision="auto"):
     return {"samples.png": common.comparison_grid(shown)}
 
 
-# --------------------------------------------------------------------------------------
-# 7. Restoration
-# --------------------------------------------------------------------------------------
+# 7. Restoration -----------------------------------------------------------------------
 
 def restore(net, degraded, landmarks, batch=8, precision="auto"):
     """Restore faces: degraded (N,3,size,size) in [-1,1], landmarks (N,68,2) →
@@ -818,9 +812,7 @@ def load_network(args):
     return net, cfg
 
 
-# --------------------------------------------------------------------------------------
-# 8. Command line
-# --------------------------------------------------------------------------------------
+# 8. Command line ----------------------------------------------------------------------
 
 def main(argv=None):
     parser = common.arguments(__doc__, PRESETS, VARIANTS)
@@ -864,9 +856,7 @@ def main(argv=None):
     return 1 if common.restore_files(args, cfg.size, restore_crops) else 0
 
 
-# --------------------------------------------------------------------------------------
-# 9. Released network
-# --------------------------------------------------------------------------------------
+# 9. Released network ------------------------------------------------------------------
 # The published weights belong to another network than the paper's: VGG-19 with its last map
 # before the ReLU, boxes cut at whole features instead of RoIAlign, the entry brought to the
 # box's size by nearest neighbour and the confidence computed there, later components over
@@ -971,7 +961,8 @@ def load_official(source, dictionary, entries=torch.float32):
     source: a file, its address or its state dict; dictionary: the folder of *_center.npy
     or {file name: array}. The network: degraded (B,3,512,512) in [-1,1], boxes (B,4,4) →
     restored (B,3,512,512). `entries`: the type that the dictionary is kept in, see
-    entry_type. InputError for what does not fit. """
+    entry_type. InputError for what does not fit.
+    """
     sides = {scale: 512 >> scale for scale in RELEASED.dft_scales}
     names = [f"{name}_{side}_center.npy" for side in sides.values() for name in COMPONENTS]
     there = dictionary

@@ -55,9 +55,7 @@ COMPONENTS = tuple(common.COMPONENTS)      # left eye, right eye, nose, mouth
 STAGES = ("initialisation", "forward update", "backward update", "fine-tuning")
 
 
-# --------------------------------------------------------------------------------------
-# 2. Config
-# --------------------------------------------------------------------------------------
+# 2. Config ----------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
@@ -207,9 +205,7 @@ def stage_of(step, cfg):
     return sum(step > end for end in stage_ends(cfg))
 
 
-# --------------------------------------------------------------------------------------
-# 3. Network
-# --------------------------------------------------------------------------------------
+# 3. Network ---------------------------------------------------------------------------
 
 # A dictionary is {"scale1_left_eye": (keys (M,C/4,n,n), values (M,C,n,n)), …}: M = Y items
 # in the generic one, an item a reference in the specific one. The references of a whole
@@ -721,9 +717,7 @@ class Discriminators(nn.ModuleList):
         return [net(F.avg_pool2d(image, r)) for net, r in zip(self, (1, 2, 4))]
 
 
-# --------------------------------------------------------------------------------------
-# 4. Losses
-# --------------------------------------------------------------------------------------
+# 4. Losses ----------------------------------------------------------------------------
 
 def pixel_loss(restored, target):
     """Eq. (11): ‖Î^h − I^gt‖² / (C H W), a mean over the batch."""
@@ -783,9 +777,7 @@ def photo_realistic_losses(features, target_features, fake, cfg):
             "adversarial": adversarial_loss(fake, cfg.weight_adversarial)}
 
 
-# --------------------------------------------------------------------------------------
-# 5. Data
-# --------------------------------------------------------------------------------------
+# 5. Data ------------------------------------------------------------------------------
 
 def with_references(faces, i, count, generator):
     """Picture i and up to `count` others of the person, at random → images (1+N,3,H,W),
@@ -881,9 +873,7 @@ class Batches(torch.utils.data.Dataset):
         return batch
 
 
-# --------------------------------------------------------------------------------------
-# 6. Training
-# --------------------------------------------------------------------------------------
+# 6. Training --------------------------------------------------------------------------
 
 @torch.no_grad()
 def fill_generic(net, memory, data, precision):
@@ -1053,9 +1043,7 @@ def draw_readings(net, batch):
     return figure
 
 
-# --------------------------------------------------------------------------------------
-# 7. Restoration
-# --------------------------------------------------------------------------------------
+# 7. Restoration -----------------------------------------------------------------------
 
 def specific_dictionary(net, references, landmarks, batch=8, precision="auto"):
     """Eq. (6): sharp faces (N,3,size,size) of a person, landmarks (N,68,2) → the person's
@@ -1217,9 +1205,7 @@ def readings_of(net, degraded, landmarks, specific, faces, precision="auto"):
             for title, pictures in shown.items()}
 
 
-# --------------------------------------------------------------------------------------
-# 8. Command line
-# --------------------------------------------------------------------------------------
+# 8. Command line ----------------------------------------------------------------------
 
 def main(argv=None):
     parser = common.arguments(__doc__, PRESETS, VARIANTS)
@@ -1266,9 +1252,7 @@ def main(argv=None):
     return 1 if common.restore_files(args, cfg.size, restore_crops) else 0
 
 
-# --------------------------------------------------------------------------------------
-# 9. Released network
-# --------------------------------------------------------------------------------------
+# 9. Released network ------------------------------------------------------------------
 # What the authors' published weights were trained as differs from the paper: the nose is
 # left out, boxes are cut at whole features instead of RoIAlign, later components go over
 # earlier ones, d of Eq. (7) is the number of items, and what is read is brought to the

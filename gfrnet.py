@@ -46,9 +46,7 @@ from common import Claim, InputError
 SCRIPT = "gfrnet"
 
 
-# --------------------------------------------------------------------------------------
-# 2. Config
-# --------------------------------------------------------------------------------------
+# 2. Config ----------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
@@ -135,9 +133,7 @@ CLAIMS = [                           # of Table 1; against rows without a guide:
     Claim("full", "no-guide-2x", "identity")]
 
 
-# --------------------------------------------------------------------------------------
-# 3. Network
-# --------------------------------------------------------------------------------------
+# 3. Network ---------------------------------------------------------------------------
 
 def normalise(points, size):
     """Pixels (…,2) of a size×size image → [-1,1], where ±1 are the image's edges."""
@@ -325,9 +321,7 @@ class Discriminators(nn.Module):
         return [self.whole(degraded, guide, image), self.local(*parts)]
 
 
-# --------------------------------------------------------------------------------------
-# 4. Losses
-# --------------------------------------------------------------------------------------
+# 4. Losses ----------------------------------------------------------------------------
 
 def pixel_loss(restored, target):
     """Eq. (6), first term: ‖I − Î‖², as a mean over pixels."""
@@ -404,9 +398,7 @@ def flow_loss(flow, landmarks, guide_landmarks, cfg):
         "tv": cfg.weight_tv * tv_loss(flow)}
 
 
-# --------------------------------------------------------------------------------------
-# 5. Data
-# --------------------------------------------------------------------------------------
+# 5. Data ------------------------------------------------------------------------------
 
 def guide_score(landmarks):
     """How far a face is from frontal with open eyes: (N,68,2) → (N,), 0 is best.
@@ -492,9 +484,7 @@ class Batches(torch.utils.data.Dataset):
         return [torch.stack(part) for part in zip(*samples)]
 
 
-# --------------------------------------------------------------------------------------
-# 6. Training
-# --------------------------------------------------------------------------------------
+# 6. Training --------------------------------------------------------------------------
 
 def train(cfg, args):
     """Train on args.data, write the run into args.folder; see Config for every number."""
@@ -628,9 +618,7 @@ def draw_grid(axis, image, flow):
     axis.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xticks=[], yticks=[])
 
 
-# --------------------------------------------------------------------------------------
-# 7. Restoration
-# --------------------------------------------------------------------------------------
+# 7. Restoration -----------------------------------------------------------------------
 
 def restore(net, degraded, guides, batch=8, precision="auto"):
     """Restore faces: degraded, guides (N,3,size,size) in [-1,1] → restored, warped, flow,
@@ -696,9 +684,7 @@ def load_network(args):
     return net, cfg
 
 
-# --------------------------------------------------------------------------------------
-# 8. Command line
-# --------------------------------------------------------------------------------------
+# 8. Command line ----------------------------------------------------------------------
 
 def main(argv=None):
     parser = common.arguments(__doc__, PRESETS, VARIANTS)

@@ -51,9 +51,7 @@ SCRIPT = "restoreformer"
 REGIONS = {"left_eye": 80, "right_eye": 80, "mouth": 120}   # r of Eq. (11): pixels of 512
 
 
-# --------------------------------------------------------------------------------------
-# 2. Config
-# --------------------------------------------------------------------------------------
+# 2. Config ----------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
@@ -173,9 +171,7 @@ CLAIMS = [
     Claim("full", "exp5", "identity"), Claim("full", "recognition-dictionary", "identity")]
 
 
-# --------------------------------------------------------------------------------------
-# 3. Network
-# --------------------------------------------------------------------------------------
+# 3. Network ---------------------------------------------------------------------------
 
 def convolution(before, after, kernel=3):
     """A convolution, zero-padded to the same size, with He's initialisation."""
@@ -557,9 +553,7 @@ class Discriminators(nn.ModuleDict):
         return {name: self[name](part) for name, part in parts.items()}
 
 
-# --------------------------------------------------------------------------------------
-# 4. Losses
-# --------------------------------------------------------------------------------------
+# 4. Losses ----------------------------------------------------------------------------
 
 def pixel_loss(restored, target):
     """Eq. (9), (17): |I_h − Î_d|₁, a mean over pixels and batch."""
@@ -668,9 +662,7 @@ def restoration_losses(cfg, restored, target, latents, fake, real, encoder, reco
     return losses
 
 
-# --------------------------------------------------------------------------------------
-# 5. Data
-# --------------------------------------------------------------------------------------
+# 5. Data ------------------------------------------------------------------------------
 
 class Batches(torch.utils.data.Dataset):
     """Training batch number `step`, from 0: (degraded, target, boxes).
@@ -720,9 +712,7 @@ def load_recogniser(cfg, args, faces):
     return net.to(args.device, memory_format=torch.channels_last)
 
 
-# --------------------------------------------------------------------------------------
-# 6. Training
-# --------------------------------------------------------------------------------------
+# 6. Training --------------------------------------------------------------------------
 
 def train(cfg, args):
     """Train both stages, or that of --stage, on --data; see Config for every number.
@@ -891,9 +881,7 @@ def attention_pictures(net, images, landmarks):
     return pictures
 
 
-# --------------------------------------------------------------------------------------
-# 7. Restoration
-# --------------------------------------------------------------------------------------
+# 7. Restoration -----------------------------------------------------------------------
 
 def restore(net, degraded, landmarks=None, batch=8, precision="auto"):
     """Restore faces (N,3,size,size) in [-1,1] → the same, on the CPU. Landmarks are not
@@ -981,9 +969,7 @@ def load_network(args):
     return net, cfg
 
 
-# --------------------------------------------------------------------------------------
-# 8. Command line
-# --------------------------------------------------------------------------------------
+# 8. Command line ----------------------------------------------------------------------
 
 def training_config(args):
     """Preset, variant and options; stage 1 ends where it did when the run began."""
@@ -1045,9 +1031,7 @@ def main(argv=None):
     return 1 if common.restore_files(args, cfg.size, restore_crops) else 0
 
 
-# --------------------------------------------------------------------------------------
-# 9. Released network
-# --------------------------------------------------------------------------------------
+# 9. Released network ------------------------------------------------------------------
 
 # The published weights are of a network that differs from the paper's. Attention has a
 # group norm before it and a projection after it, no layer norm and no feed-forward. Two

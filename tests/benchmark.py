@@ -44,9 +44,7 @@ METHODS = ("gfrnet", "asffnet", "dfdnet", "dmdnet", "restoreformer")
 PRODUCTS = {"cpu": 4, "cuda": 100}      # matrix products timed at once, by device
 
 
-# ----------------------------------------------------------------------------------------
-# 1. The two forms: calls without arguments that return the restored faces (B,3,H,W)
-# ----------------------------------------------------------------------------------------
+# 1. The two forms: calls without arguments that return the restored faces (B,3,H,W) ---
 
 def network(method, size, state, files):
     """The released network filled with `state`; GFRNet's of the paper with seed 0."""
@@ -148,9 +146,7 @@ def two_passes(net, degraded, boxes, specific):
         return generic, net.read_and_paint(degraded, boxes, specific)
 
 
-# ----------------------------------------------------------------------------------------
-# 2. Measuring
-# ----------------------------------------------------------------------------------------
+# 2. Measuring -------------------------------------------------------------------------
 
 def memory(device, peak=False):
     """GB in use now, of the GPU or of the process; `peak`: the most since the last call
@@ -224,9 +220,7 @@ def precision_of(device, precision):
         return torch.get_autocast_dtype(device.type) if low else torch.float32
 
 
-# ----------------------------------------------------------------------------------------
-# 3. Command line
-# ----------------------------------------------------------------------------------------
+# 3. Command line ----------------------------------------------------------------------
 
 @torch.inference_mode()
 def compare(method, size, batch, device, precision, rounds, entries):
